@@ -22,10 +22,10 @@ from polar.writing import open_writer
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(module.name for module in pkgutil.walk_packages(polar.__path__, "polar."))
-EXTRAS = ["datasets", "peft", "tensorboard", "trl", "ray", "fastapi", "httpx", "uvicorn", "sentencepiece", "hypothesis"]
+EXTRAS = ["datasets", "peft", "tensorboard", "trl", "ray", "fastapi", "uvicorn", "sentencepiece", "hypothesis"]
 ROOMS = [  # from the bottom up; a module never imports from a room above its own
     ["errors", "records"],
-    ["fields", "formats", "sources", "reading", "writing", "template"],
+    ["fields", "formats", "sources", "reading", "writing", "template", "baselines", "metrics"],
     ["corpus", "model"],
     ["training"],
     ["evaluation"],

@@ -69,23 +69,25 @@ def group(row: Row, reference_column: str | None) -> tuple[str, list[Group]]:
 
 
 def triple(row: Row) -> tuple[str, list[Triple]]:
-    """Read a row with prompt, reference, positive, negative [, policy, negative_policy, wrapper]."""
+    """Read a row with prompt, reference, positive, negative [, policy, negative_policy, wrapper, strategy]."""
     prompt, reference = text_at(row, "prompt"), text_at(row, "reference")
     positive, negative = text_at(row, "positive"), text_at(row, "negative")
     policies = optional_string(row, "policy"), optional_string(row, "negative_policy")
-    return "triple", [Triple(prompt, reference, positive, negative, *policies, _wrapper(row))]
+    strategy = optional_string(row, "strategy")
+    return "triple", [Triple(prompt, reference, positive, negative, *policies, _wrapper(row), strategy)]
 
 
 def trajectory(row: Row) -> tuple[str, list[Trajectory]]:
-    """Read a row with prompt, policy, output [, sample, decoding]; decoding may also be a JSON object in meta."""
+    """Read a row with prompt, policy, output [, sample, decoding, wrapper, family, step].
+
+    The decoding may also be a JSON object in meta.
+    """
     prompt, policy, output = text_at(row, "prompt"), string_at(row, "policy"), text_at(row, "output")
-    sample = row.fields.get("sample") if row.has("sample") else 0
-    if isinstance(sample, bool) or not isinstance(sample, int) or sample < 0:
-        raise row.wrong("sample", "a whole number from 0")
     decoding = json_object(row.fields.get("decoding" if row.has("decoding") else "meta"))
     if decoding is None and row.has("decoding"):
         raise row.wrong("decoding", "an object")
-    return "trajectory", [Trajectory(prompt, policy, output, sample, decoding or {})]
+    sample, step, family = _count(row, "sample"), _count(row, "step"), optional_string(row, "family")
+    return "trajectory", [Trajectory(prompt, policy, output, sample or 0, decoding or {}, _wrapper(row), family, step)]
 
 
 def preference(row: Row, reference_column: str | None) -> tuple[str, list[Preference]]:
@@ -135,6 +137,13 @@ def _wrapper(row: Row) -> Wrapper:
     if wrapper not in ("sft", "pretrain"):
         raise row.wrong("wrapper", '"sft" or "pretrain"')
     return wrapper
+
+
+def _count(row: Row, field: str) -> int | None:
+    value = row.fields.get(field)
+    if isinstance(value, bool) or not (value is None or (isinstance(value, int) and value >= 0)):
+        raise row.wrong(field, "a whole number from 0")
+    return value
 
 
 def _id(row: Row) -> str | int | None:

@@ -60,6 +60,12 @@ class Trajectory:
     """Which sample of this policy for this prompt."""
     decoding: dict[str, object] = field(default_factory=dict)
     """Sampling parameters (temperature, top_p, ...), as far as they are known."""
+    wrapper: Wrapper = "sft"
+    """"pretrain" when the output continues the prompt as in a document."""
+    family: str | None = None
+    """What the policy descends from (Llama, Qwen, ...): policies of one family make harder negatives."""
+    step: int | None = None
+    """Training step, if the policy is one of several checkpoints of a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,8 @@ class Triple:
     """The policy of reference and positive."""
     negative_policy: str | None = None
     wrapper: Wrapper = "sft"
+    strategy: str | None = None
+    """How the negative was chosen (`polar.corpus.pair`)."""
 
 
 @dataclass(frozen=True, slots=True)

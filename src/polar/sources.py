@@ -54,7 +54,7 @@ def sources(path: str) -> Iterator[tuple[str, Source]]:
 
 def _files(path: str) -> list[str]:
     if Path(path).is_dir():
-        inside = sorted(str(file) for file in Path(path).iterdir() if not file.name.startswith("."))
+        inside = sorted(str(file) for file in Path(path).iterdir() if not file.name.startswith((".", "_")))
         found = [file for file in inside if _kind(file)[0] and Path(file).is_file()]
         if not found:
             raise InputError(f"{path}: expected files in this directory that end in {ACCEPTED}; found none")

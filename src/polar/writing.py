@@ -27,7 +27,7 @@ from polar.records import Comparison, Group, Message, Preference, Trajectory, Tr
 
 LINES, PARQUET = (".jsonl", ".jsonl.gz", ".jsonl.zst"), ".parquet"
 MESSAGE = {"role", "content"}
-NAMES = ("id", "policy", "negative_policy", "domain", "wrapper")
+NAMES = ("id", "policy", "negative_policy", "domain", "family", "strategy", "wrapper")
 """Fields of records that hold a name and not a text of the model."""
 ROW_GROUP = 10_000
 """Most rows of a Parquet row group."""

@@ -7,7 +7,7 @@ import pytest
 from polar import Comparison, InputError, Preference, RewardModel, Triple
 from polar.cli.evaluate import evaluate as evaluate_command
 from polar.evaluation.evaluate import Evaluation, Result, evaluate
-from polar.evaluation.metrics import clustered_mean, outcomes
+from polar.metrics import clustered_mean, outcomes
 from polar.records import Message, prompt_id, text_of
 from polar.writing import open_writer, record_to_dict
 

@@ -20,7 +20,7 @@ from polar import __version__
 from polar.errors import InputError
 from polar.evaluation import evaluate as evaluation
 from polar.evaluation.evaluate import MODEL, RIVAL, Evaluation, Result
-from polar.evaluation.metrics import FEW_CLUSTERS, Estimate
+from polar.metrics import FEW_CLUSTERS, Estimate
 from polar.model.reward_model import BUNDLED_NAME, RewardModel
 from polar.reading import ReadReport, read_preferences, read_triples
 from polar.records import Preference, Triple

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from polar.baselines import BASELINES
 from polar.errors import InputError
-from polar.evaluation.baselines import BASELINES
-from polar.evaluation.metrics import Estimate, outcomes, paired_difference, pairwise_accuracy
+from polar.metrics import Estimate, outcomes, paired_difference, pairwise_accuracy
 from polar.records import Group, Preference, Triple, prompt_id, text_of
 
 if TYPE_CHECKING:  # the baselines alone need no torch

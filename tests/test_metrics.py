@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar.evaluation.metrics import Estimate, clustered_mean, outcomes, paired_difference, pairwise_accuracy
+from polar.metrics import Estimate, clustered_mean, outcomes, paired_difference, pairwise_accuracy
 
 REWARDS = st.floats(-20, 20) | st.integers(-2, 2).map(float)
 ITEMS = st.lists(st.tuples(REWARDS, REWARDS, st.sampled_from("abcde")), min_size=1, max_size=30)

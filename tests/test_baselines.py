@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar.evaluation.baselines import BASELINES, chance, length, unigram_f1, words
+from polar.baselines import BASELINES, chance, length, unigram_f1, words
 from polar.records import Group, Message
 
 
