@@ -57,7 +57,7 @@ class TieError(InputError):
 def comparison(row: Row, reference_column: str | None) -> tuple[str, list[Comparison]]:
     """Read a row with prompt, reference, output [, id, wrapper]."""
     prompt, reference, output = text_at(row, "prompt"), _reference(row, reference_column), text_at(row, "output")
-    return "comparison", [Comparison(prompt, reference, output, _id(row), _wrapper(row))]
+    return "comparison", [Comparison(prompt, reference, output, _id(row), wrapper_of(row))]
 
 
 def group(row: Row, reference_column: str | None) -> tuple[str, list[Group]]:
@@ -65,7 +65,7 @@ def group(row: Row, reference_column: str | None) -> tuple[str, list[Group]]:
     single = not row.has("candidates")
     candidates = (text_at(row, "output"),) if single else texts_at(row, "candidates", at_least=1)
     prompt, reference = text_at(row, "prompt"), _reference(row, reference_column)
-    return "comparison" if single else "group", [Group(prompt, reference, candidates, _id(row), _wrapper(row))]
+    return "comparison" if single else "group", [Group(prompt, reference, candidates, _id(row), wrapper_of(row))]
 
 
 def triple(row: Row) -> tuple[str, list[Triple]]:
@@ -74,7 +74,7 @@ def triple(row: Row) -> tuple[str, list[Triple]]:
     positive, negative = text_at(row, "positive"), text_at(row, "negative")
     policies = optional_string(row, "policy"), optional_string(row, "negative_policy")
     strategy = optional_string(row, "strategy")
-    return "triple", [Triple(prompt, reference, positive, negative, *policies, _wrapper(row), strategy)]
+    return "triple", [Triple(prompt, reference, positive, negative, *policies, wrapper_of(row), strategy)]
 
 
 def trajectory(row: Row) -> tuple[str, list[Trajectory]]:
@@ -86,8 +86,8 @@ def trajectory(row: Row) -> tuple[str, list[Trajectory]]:
     decoding = json_object(row.fields.get("decoding" if row.has("decoding") else "meta"))
     if decoding is None and row.has("decoding"):
         raise row.wrong("decoding", "an object")
-    sample, step, family = _count(row, "sample"), _count(row, "step"), optional_string(row, "family")
-    return "trajectory", [Trajectory(prompt, policy, output, sample or 0, decoding or {}, _wrapper(row), family, step)]
+    sample, step, family = count_of(row, "sample"), count_of(row, "step"), optional_string(row, "family")
+    return "trajectory", [Trajectory(prompt, policy, output, sample or 0, decoding or {}, wrapper_of(row), family, step)]
 
 
 def preference(row: Row, reference_column: str | None) -> tuple[str, list[Preference]]:
@@ -117,7 +117,7 @@ def _preference(
     row: Row, reference_column: str | None, prompt: Text, ranked: tuple[Text, ...], margin: float | None
 ) -> Preference:
     domain = optional_string(row, "domain" if row.has("domain") else "subset")
-    return Preference(prompt, _reference(row, reference_column), ranked, margin, domain, _wrapper(row))
+    return Preference(prompt, _reference(row, reference_column), ranked, margin, domain, wrapper_of(row))
 
 
 # Fields that several formats share
@@ -132,14 +132,16 @@ def _reference(row: Row, reference_column: str | None) -> Text:
     return text_at(row, reference_column or "reference")
 
 
-def _wrapper(row: Row) -> Wrapper:
+def wrapper_of(row: Row) -> Wrapper:
+    """How prompt and response of a row are joined; "sft" when it does not say."""
     wrapper = row.fields["wrapper"] if row.has("wrapper") else "sft"
     if wrapper not in ("sft", "pretrain"):
         raise row.wrong("wrapper", '"sft" or "pretrain"')
     return wrapper
 
 
-def _count(row: Row, field: str) -> int | None:
+def count_of(row: Row, field: str) -> int | None:
+    """The whole number in a field, or None when the field is absent."""
     value = row.fields.get(field)
     if isinstance(value, bool) or not (value is None or (isinstance(value, int) and value >= 0)):
         raise row.wrong(field, "a whole number from 0")

@@ -23,7 +23,7 @@ import zstandard
 
 from polar.errors import InputError
 from polar.fields import messages_in
-from polar.records import Comparison, Group, Message, Preference, Trajectory, Triple
+from polar.records import Comparison, Group, Message, Preference, Text, Trajectory, Triple
 
 LINES, PARQUET = (".jsonl", ".jsonl.gz", ".jsonl.zst"), ".parquet"
 MESSAGE = {"role", "content"}
@@ -57,7 +57,7 @@ def open_writer(path: str | Path) -> Iterator[Writer]:
     """
     if str(path) == "-":
         yield _Lines("stdout", sys.stdout.buffer)
-        with _disk("stdout"):
+        with on_disk("stdout"):
             sys.stdout.buffer.flush()
         return
     target = Path(path)
@@ -66,13 +66,13 @@ def open_writer(path: str | Path) -> Iterator[Writer]:
     if target.is_dir():
         raise InputError(f"{path}: expected a file to write, found a directory")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with _disk(path):
+    with on_disk(path):
         file = temporary.open("wb")
     parquet = target.name.lower().endswith(PARQUET)
     writer = _Parquet(str(path), file) if parquet else _Lines(str(path), _compressed(file, target))
     try:
         yield writer
-        with _disk(path):
+        with on_disk(path):
             writer.finish()
             file.flush()
             os.fsync(file.fileno())
@@ -104,6 +104,12 @@ def record_to_dict(record: Trajectory | Triple | Preference | Comparison | Group
     }
 
 
+def text_cell(text: Text, role: str) -> str:
+    """A text as one string, for columns that hold strings and messages: messages become JSON, which readers know."""
+    value = _plain(text, role)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def _plain(value: object, role: str) -> object:
     if isinstance(value, Message):
         return {"role": value.role, "content": value.content}
@@ -115,8 +121,12 @@ def _plain(value: object, role: str) -> object:
 
 
 @contextlib.contextmanager
-def _disk(path: str | Path) -> Iterator[None]:
-    """What the operating system refuses is the matter of the user: a full disk, a missing directory."""
+def on_disk(path: str | Path) -> Iterator[None]:
+    """What the operating system refuses is the matter of the user: a full disk, a missing directory.
+
+    Raises:
+        InputError: In place of an `OSError`.
+    """
     try:
         yield
     except BrokenPipeError:  # the reader of stdout went away, which is no mistake
@@ -142,7 +152,7 @@ class _Lines:
     def write(self, row: dict[str, Any]) -> None:
         self.rows += 1
         line = _json(row, f"{self.name}:{self.rows}").encode() + b"\n"
-        with _disk(self.name):
+        with on_disk(self.name):
             self.stream.write(line)
 
     def finish(self) -> None:
@@ -176,7 +186,7 @@ class _Parquet:
             names = known.names
         columns = {name: self.column(name, known.field(name).type if known is not None else None) for name in names}
         table = pa.table(columns)
-        with _disk(self.name):
+        with on_disk(self.name):
             if self.writer is None:
                 self.writer = pq.ParquetWriter(self.file, table.schema, compression="zstd")
             self.writer.write_table(table)

@@ -27,11 +27,16 @@ COMMANDS = {
     "score": ("polar.cli.score", "score outputs against references"),
     "eval": ("polar.cli.evaluate", "measure a reward model beside simple baselines"),
     "convert": ("polar.cli.convert", "official POLAR checkpoint -> plain Hugging Face checkpoint"),
+    "corpus prompts": ("polar.cli.prompts", "texts -> prefixes that base policies continue"),
+    "sample": ("polar.cli.sample", "prompts and a pool of policies -> trajectories"),
+    "corpus clean": ("polar.cli.clean", "trajectories -> trajectories without loops, duplicates and test data"),
+    "corpus report": ("polar.cli.report", "an HTML page about trajectories"),
     "pair": ("polar.cli.pair", "trajectories of many policies -> triples"),
     "pretrain": ("polar.cli.train", "train a policy discriminator on triples"),
     "finetune": ("polar.cli.train", "fine-tune a reward model on preferences"),
 }
-"""Command -> its module and a summary. A module is imported when its command is asked for: `--help` needs no torch."""
+"""Command -> its module and a summary. A module is imported when its command is asked for: `--help` needs no torch.
+The function in it has the last word of the command as its name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,15 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         sys.stdout.write(f"polar {__version__}\n")
         return 0
-    if words[0] not in COMMANDS:
-        return _refuse(f"unknown command {words[0]!r}; expected one of: {', '.join(COMMANDS)}")
+    count = 2 if " ".join(words[:2]) in COMMANDS else 1
+    name = " ".join(words[:count])
+    if name not in COMMANDS:
+        return _refuse(f"unknown command {' '.join(words[:2])!r}; expected one of: {', '.join(COMMANDS)}")
     try:
         _set_up_logging()
-        _run(words[0], words[1:])
+        _run(name, words[count:])
     except InputError as error:
         return _refuse(str(error))
     except CycloptsError as error:
-        return _refuse(f"{' '.join(str(error).split())} (see polar {words[0]} --help)")
+        return _refuse(f"{' '.join(str(error).split())} (see polar {name} --help)")
     except BrokenPipeError:  # the reader went away, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
@@ -67,7 +74,7 @@ def script() -> None:
 
 def _run(name: str, words: list[str]) -> None:
     module, _ = COMMANDS[name]
-    command: Callable[..., None] = getattr(import_module(module), {"eval": "evaluate"}.get(name, name))
+    command: Callable[..., None] = getattr(import_module(module), {"eval": "evaluate"}.get(name, name.split()[-1]))
     if transformers := sys.modules.get("transformers"):  # its bars for loading a few files are noise here
         transformers.utils.logging.disable_progress_bar()
     summary, examples = _documentation(command)
@@ -77,7 +84,7 @@ def _run(name: str, words: list[str]) -> None:
         help_epilogue=examples,
         help_format="plaintext",
         version_flags=[],
-        config=Env(f"POLAR_{name.upper()}_", command=False),
+        config=Env(f"POLAR_{name.upper().replace(' ', '_')}_", command=False),
     )
     app.default(command)
     words, config = _take_config(words)
@@ -115,7 +122,7 @@ def _config_file(name: str) -> Path:
 def _overview() -> str:
     lines = [f"polar {__version__}: reward models that score outputs by their closeness to a reference", ""]
     lines += ["usage: polar COMMAND [flags]     (polar COMMAND --help lists the flags, with examples)", ""]
-    lines += [f"  {name:<10}{summary}" for name, (_, summary) in COMMANDS.items()]
+    lines += [f"  {name:<16}{summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(lines) + "\n"
 
 

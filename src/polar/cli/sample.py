@@ -1,0 +1,140 @@
+"""`polar sample`: a pool of policies is sampled into a corpus."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from polar.corpus import sample as sampling
+from polar.corpus.journal import Totals
+from polar.corpus.plan import Design, Plan
+from polar.corpus.pool import read_pool
+from polar.corpus.prompts import read_prompts
+from polar.corpus.sample import SampleReport
+from polar.errors import InputError
+from polar.reading import ReadReport
+
+
+def sample(
+    inputs: Annotated[Sequence[str], Parameter(negative="", allow_leading_hyphen=True)],
+    /,
+    *,
+    pool: str,
+    output: str,
+    design: Design = "paper",
+    samples: int = 2,
+    seed: int = 0,
+    shard_prompts: int = 1000,
+    on_bad_row: Literal["error", "skip"] = "error",
+) -> None:
+    """Sample a pool of policies: for every prompt some policies are drawn, and trajectories sampled from them.
+
+    Prompts are rows {"prompt"}: a string or a list of chat messages, answered by chat policies; with "wrapper":
+    "pretrain" a text that base policies continue (polar corpus prompts makes such prefixes). The output is a directory
+    of Parquet files and a manifest, for polar corpus clean, polar corpus report and polar pair. Stopped at any moment,
+    the same command goes on and ends with the corpus of an undisturbed run.
+
+    The pool is a YAML file:
+
+      policies:
+        - name: qwen3-0.6b-base
+          kind: base
+          family: qwen3
+          engine: {type: transformers, model: Qwen/Qwen3-0.6B-Base}
+        - name: llama-3.1-8b-instruct
+          kind: chat
+          family: llama
+          weight: 2
+          decoding: {temperature: 1.0, top_p: 0.9, top_k: 50, max_tokens: 1024}
+          engine: {type: http, base_url: "http://127.0.0.1:8000/v1", model: meta-llama/Llama-3.1-8B-Instruct,
+                   api_key_env: LLAMA_KEY, concurrency: 64, deadline: 600}
+
+    Engines: transformers and vllm (in this process), http (any OpenAI-compatible server). A key is only ever read from
+    the environment variable that api_key_env names.
+
+    Examples:
+      polar sample prompts.jsonl --pool pool.yaml --output corpus
+      polar sample prefixes.parquet instructions.jsonl --pool pool.yaml --output corpus --seed 1
+      polar sample prompts.jsonl --pool pool.yaml --output grid --design grid --samples 4
+
+    Args:
+        inputs: Files of prompts (JSONL, also .gz and .zst, or Parquet), or directories of such files.
+        pool: YAML file with the policies.
+        output: Directory for the corpus.
+        design: "paper" draws two policies per prompt and samples the first twice, the second once; "grid" samples
+            every policy that takes the prompt.
+        samples: Samples per policy and prompt in the grid design.
+        seed: Another seed is another corpus.
+        shard_prompts: Prompts per Parquet file.
+        on_bad_row: "skip" leaves unreadable rows out and says how many.
+    """
+    for name, number in (("samples", samples), ("shard_prompts", shard_prompts)):
+        if number < 1:
+            raise InputError(f"{name} must be at least 1, found {number}")
+    read, console = ReadReport(), Console(stderr=True)
+    plan = Plan(read_pool(pool), design, samples, seed)
+    with _progress(console) as progress:
+        task = progress.add_task("sampling", total=None, speed="")
+        spent = Totals()
+
+        def begin(report: SampleReport) -> None:
+            progress.reset(task, total=report.expected - report.found)
+
+        def advance(totals: Totals) -> None:
+            nonlocal spent
+            spent += totals
+            progress.update(task, advance=totals.samples)
+            rate = progress.tasks[0].finished_speed or progress.tasks[0].speed or 0
+            progress.update(task, speed=f"{rate:,.1f}/s, {_tokens(spent)}")
+
+        report = sampling.sample(
+            plan,
+            read_prompts(inputs, on_bad_row=on_bad_row, report=read),
+            output,
+            shard_prompts=shard_prompts,
+            begin=begin,
+            progress=advance,
+        )
+    console.print(_table(report))
+    if read.skipped:
+        sys.stderr.write(f"skipped {read.skipped} unreadable rows\n")
+    if report.set_aside:
+        (policy, reason), most = report.set_aside.most_common(1)[0]
+        raise InputError(
+            f"{output}: {report.set_aside.total():,} of {report.expected:,} samples could not be drawn (most often, "
+            f"{most:,} times, {policy}: {reason}); the others are written, and the same command tries these again"
+        )
+    sys.stderr.write(f"wrote {report.manifest['totals']['samples']} samples to {output}\n")
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    more = (TimeRemainingColumn(), TextColumn("{task.fields[speed]}"))
+    return Progress(*columns, *more, console=console, disable=not console.is_terminal, transient=True)
+
+
+def _tokens(totals: Totals) -> str:
+    return f"{totals.prompt_tokens:,} tokens in, {totals.output_tokens:,} out"
+
+
+def _table(report: SampleReport) -> Table:
+    """Samples and tokens per policy, and what was set aside."""
+    table = Table("policy", box=None, pad_edge=False)
+    for name in ("samples", "tokens in", "tokens out"):
+        table.add_column(name, justify="right")
+    table.add_column("set aside")
+    aside: dict[str, list[str]] = {}
+    for (policy, reason), count in report.set_aside.items():
+        aside.setdefault(policy, []).append(f"{count:,}: {reason}")
+    per_policy = report.manifest["per_policy"]
+    for policy in sorted({*per_policy, *aside}):
+        totals = Totals(**per_policy.get(policy, {}))
+        numbers = (totals.samples, totals.prompt_tokens, totals.output_tokens)
+        table.add_row(policy, *(f"{number:,}" for number in numbers), "\n".join(aside.get(policy, [])))
+    return table
