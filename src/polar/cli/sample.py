@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from polar.corpus import engines
 from polar.corpus import sample as sampling
+from polar.corpus.engines import cluster
 from polar.corpus.journal import Totals
 from polar.corpus.plan import Design, Plan
 from polar.corpus.pool import read_pool
@@ -31,6 +33,7 @@ def sample(
     samples: int = 2,
     seed: int = 0,
     shard_prompts: int = 1000,
+    ray: str | None = None,
     on_bad_row: Literal["error", "skip"] = "error",
 ) -> None:
     """Sample a pool of policies: for every prompt some policies are drawn, and trajectories sampled from them.
@@ -62,6 +65,7 @@ def sample(
       polar sample prompts.jsonl --pool pool.yaml --output corpus
       polar sample prefixes.parquet instructions.jsonl --pool pool.yaml --output corpus --seed 1
       polar sample prompts.jsonl --pool pool.yaml --output grid --design grid --samples 4
+      polar sample prompts.jsonl --pool pool.yaml --output corpus --ray auto
 
     Args:
         inputs: Files of prompts (JSONL, also .gz and .zst, or Parquet), or directories of such files.
@@ -72,6 +76,7 @@ def sample(
         samples: Samples per policy and prompt in the grid design.
         seed: Another seed is another corpus.
         shard_prompts: Prompts per Parquet file.
+        ray: Sample on a Ray cluster: its address, "auto", or "local" for a new one on this machine.
         on_bad_row: "skip" leaves unreadable rows out and says how many.
     """
     for name, number in (("samples", samples), ("shard_prompts", shard_prompts)):
@@ -79,6 +84,10 @@ def sample(
             raise InputError(f"{name} must be at least 1, found {number}")
     read, console = ReadReport(), Console(stderr=True)
     plan = Plan(read_pool(pool), design, samples, seed)
+    open_engine = engines.open_engine
+    if ray is not None:
+        cluster.connect(ray)
+        open_engine = cluster.open_on_cluster
     with _progress(console) as progress:
         task = progress.add_task("sampling", total=None, speed="")
         spent = Totals()
@@ -98,6 +107,7 @@ def sample(
             read_prompts(inputs, on_bad_row=on_bad_row, report=read),
             output,
             shard_prompts=shard_prompts,
+            open_engine=open_engine,
             begin=begin,
             progress=advance,
         )
