@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar.baselines import BASELINES, chance, length, unigram_f1, words
+from polar.baselines import BASELINES, chance, first_word, length, unigram_f1, words
 from polar.records import Group, Message
 
 
@@ -62,6 +62,12 @@ def test_length_is_highest_at_the_length_of_the_reference() -> None:
     assert double == pytest.approx(-math.log(9 / 5))
     assert empty == pytest.approx(-math.log(5))
     assert length(Group("p", "", ("",))) == [0.0]
+
+
+def test_first_word_prefers_the_same_opening() -> None:
+    assert first_word(Group("p", "Sure, here", ("sure thing", "Surely", "\n\n**Sure", ""))) == [1, 0, 0, 0]
+    assert first_word(Group("p", "巴黎", ("巴 黎", "黎巴"))) == [1, 0]
+    assert first_word(Group("p", " ", ("", "a"))) == [1, 0]
 
 
 def test_chance_ties_everything() -> None:

@@ -36,6 +36,17 @@ def unigram_f1(group: Group) -> list[float]:
     return [_f1(Counter(words(text_of(candidate))), reference) for candidate in group.candidates]
 
 
+def first_word(group: Group) -> list[float]:
+    """1 for a candidate that begins with the same word as the reference, else 0; two texts without words agree."""
+    reference = _first_word(text_of(group.reference))
+    return [float(_first_word(text_of(candidate)) == reference) for candidate in group.candidates]
+
+
+def _first_word(text: str) -> str | None:
+    found = _WORD.search(text)
+    return found and found[0].lower()
+
+
 def _f1(candidate: Counter[str], reference: Counter[str]) -> float:
     total = candidate.total() + reference.total()
     return 2 * (candidate & reference).total() / total if total else 1.0

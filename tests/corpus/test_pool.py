@@ -61,6 +61,7 @@ def test_each_engine_and_every_field_is_read(tmp_path: Path) -> None:
         ({"policies": [{**POLICY, "kind": "base", "system": "x"}]}, "a base policy takes no system message"),
         ({"policies": [{**POLICY, "engine": {**HTTP, "base_url": "localhost"}}]}, "expected an address such as"),
         ({"policies": [{**POLICY, "engine": {**HTTP, "base_url": "http://u:secret@h/v1"}}]}, "expected no user, passw"),
+        ({"policies": [{**POLICY, "engine": {**HTTP, "extra_body": {"stream": True, "top_p": 0.5}}}]}, "stream, top_p"),
         ({"policies": [{**POLICY, "engine": {"type": "magic", "model": "m"}}]}, "'transformers', 'vllm', 'http'"),
         ({"policies": [{**POLICY, "engine": {**HTTP, "api_key_env": "POLAR_NO_KEY"}}]}, "variable POLAR_NO_KEY is not"),
     ],
@@ -90,7 +91,7 @@ def test_the_identity_of_a_policy_leaves_out_where_it_runs() -> None:
 
 def test_policies_are_drawn_by_weight_without_repetition() -> None:
     pool = Pool.model_validate(
-        {"policies": [{**POLICY, "name": name, "weight": w} for name, w in zip("abc", (1, 2, 5))]}
+        {"policies": [{**POLICY, "name": name, "weight": w} for name, w in zip("abc", (1, 2, 5), strict=True)]}
     )
     draws = [draw(pool.policies, 2, Random(seed)) for seed in range(8000)]
     assert all(len({policy.name for policy in pair}) == 2 for pair in draws)

@@ -49,7 +49,12 @@ def test_the_corpus_has_the_papers_design(tmp_path: Path) -> None:
     assert len({trajectory.output for trajectory in trajectories}) == 150
     assert trajectories[0].decoding == {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "max_tokens": 4096}
     assert (report.expected, report.drawn, report.found) == (150, 150, 0)
-    assert report.manifest["totals"] == {"samples": 150, "prompt_tokens": 7 * 150, "output_tokens": 11 * 150}
+    assert report.manifest["totals"] == {
+        "samples": 150,
+        "prompt_tokens": 7 * 150,
+        "output_tokens": 11 * 150,
+        "uncounted": 0,
+    }
     assert [shard["rows"] for shard in report.manifest["shards"]] == [60, 60, 30]
     assert json.loads((tmp_path / "_manifest.json").read_text()) == report.manifest
 

@@ -10,10 +10,12 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from polar.corpus import engines
 from polar.corpus import sample as sampling
 from polar.corpus.engines import cluster
+from polar.corpus.engines.tokens import check
 from polar.corpus.journal import Totals
 from polar.corpus.plan import Design, Plan
 from polar.corpus.pool import read_pool
@@ -21,6 +23,9 @@ from polar.corpus.prompts import read_prompts
 from polar.corpus.sample import SampleReport
 from polar.errors import InputError
 from polar.reading import ReadReport
+
+REASONS = 3
+"""Most reasons that the table shows of a policy."""
 
 
 def sample(
@@ -84,10 +89,13 @@ def sample(
             raise InputError(f"{name} must be at least 1, found {number}")
     read, console = ReadReport(), Console(stderr=True)
     plan = Plan(read_pool(pool), design, samples, seed)
-    open_engine = engines.open_engine
-    if ray is not None:
-        cluster.connect(ray)
+    if ray is None:
+        open_engine = engines.open_engine
+        for policy in plan.pool.policies:
+            check(policy)
+    else:
         open_engine = cluster.open_on_cluster
+        cluster.connect(ray)
     with _progress(console) as progress:
         task = progress.add_task("sampling", total=None, speed="")
         spent = Totals()
@@ -140,11 +148,13 @@ def _table(report: SampleReport) -> Table:
         table.add_column(name, justify="right")
     table.add_column("set aside")
     aside: dict[str, list[str]] = {}
-    for (policy, reason), count in report.set_aside.items():
+    for (policy, reason), count in report.set_aside.most_common():
         aside.setdefault(policy, []).append(f"{count:,}: {reason}")
     per_policy = report.manifest["per_policy"]
     for policy in sorted({*per_policy, *aside}):
         totals = Totals(**per_policy.get(policy, {}))
         numbers = (totals.samples, totals.prompt_tokens, totals.output_tokens)
-        table.add_row(policy, *(f"{number:,}" for number in numbers), "\n".join(aside.get(policy, [])))
+        reasons = aside.get(policy, [])
+        shown = reasons[:REASONS] + [f"and {len(reasons) - REASONS} more reasons"] * (len(reasons) > REASONS)
+        table.add_row(Text(policy), *(f"{number:,}" for number in numbers), Text("\n".join(shown)))
     return table

@@ -77,11 +77,14 @@ class Totals:
     samples: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    uncounted: int = 0
+    """Samples whose server did not say how many tokens they took."""
 
     @classmethod
     def of(cls, completion: Completion) -> Totals:
         """Those of one sample."""
-        return cls(1, completion.prompt_tokens, completion.output_tokens)
+        counts = (completion.prompt_tokens, completion.output_tokens)
+        return cls(1, counts[0] or 0, counts[1] or 0, int(None in counts))
 
     def __add__(self, other: Totals) -> Totals:
         return Totals(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))

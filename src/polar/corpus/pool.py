@@ -54,7 +54,7 @@ class TransformersEngine(_Settings):
     model: str
     """Directory or hub name."""
     batch_size: int = Field(default=16, ge=1)
-    """Samples of one `generate` call. Another batch size gives another corpus, since a batch shares its seed."""
+    """Samples of one `generate` call. Rounding depends on it, so another batch size may give another corpus."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str | None = None
     """Default: a GPU if there is one."""
@@ -101,6 +101,16 @@ class HttpEngine(_Settings):
         if parts.username or parts.password or parts.query:
             raise ValueError("expected no user, password or query in the address; name a variable with api_key_env")
         return url.rstrip("/")
+
+    @field_validator("extra_body")
+    @classmethod
+    def _leaves_the_request_as_it_is(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        own = {"model", "prompt", "messages", "seed", "n", "stream"}
+        # A decoding field may be null, for servers that refuse it, but not another value than the one that is recorded.
+        own |= {name for name in Decoding.model_fields if extra.get(name) is not None}
+        if mistaken := own & extra.keys():
+            raise ValueError(f"expected further fields of the request, found {', '.join(sorted(mistaken))}")
+        return extra
 
 
 Engine = Annotated[TransformersEngine | VllmEngine | HttpEngine, Field(discriminator="type")]

@@ -131,10 +131,3 @@ def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path: Path, two_nodes: No
         sample(Plan(missing), prompts(3), str(tmp_path / "out"), open_engine=cluster.open_on_cluster)
     assert "\n" not in str(error.value)
     assert "Traceback" not in str(error.value)
-
-
-def test_no_cluster_at_an_address_is_one_line() -> None:
-    if ray.is_initialized():
-        pytest.skip("this process is connected to a cluster")
-    with pytest.raises(InputError, match="no Ray cluster there"):
-        cluster.connect("127.0.0.1:1")

@@ -13,9 +13,11 @@ import asyncio
 import logging
 import math
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
+from urllib.parse import urlsplit
 
 from polar.corpus.engines import Completion, Engine, Failure, Request, Result, open_engine
 from polar.corpus.pool import HttpEngine, Policy, VllmEngine
@@ -41,8 +43,11 @@ def connect(address: str) -> None:
         raise InputError("--ray needs the package ray: pip install 'polar-rm[cluster]'") from error
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone unless asked for
     try:
+        where = urlsplit(address if "://" in address else f"ray://{address}")
+        if where.port:  # Ray itself would try for minutes
+            socket.create_connection((where.hostname or "", where.port), timeout=10).close()
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"--ray {address}: no Ray cluster there: {' '.join(str(error).split())[:300]}") from error
 
 
