@@ -241,3 +241,24 @@ def test_a_prompt_without_room_fails_alone_in_vllm(vllm_engine: Engine, vllm_ser
 def test_a_vllm_server_refuses_another_model_once(vllm_server: dict[str, Any]) -> None:
     (results,) = draw(opened("base", {**vllm_server, "model": "another"}), requests("base"))
     assert all(isinstance(result, Failure) and "does not exist" in result.reason for result in results)
+
+
+@slow
+@needs_vllm
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not find_spec("ray"), reason="Ray is not installed")
+def test_ray_data_gives_the_samples_of_vllm_in_this_process(vllm_engine: Engine, checkpoint: Path) -> None:
+    import ray
+
+    from polar.corpus.engines import cluster
+
+    os.environ.update(ENVIRONMENT)
+    cluster.connect("local")
+    try:
+        engine = {"type": "vllm", "model": str(checkpoint), "dtype": "float32", "max_model_len": 256}
+        policy = Policy.model_validate({"name": "p", "kind": "base", "engine": engine, "decoding": {"max_tokens": 16}})
+        (over_ray,) = draw(cluster.open_on_cluster(policy), requests("base"))
+    finally:
+        ray.shutdown()
+    (here,) = draw(vllm_engine, requests("base"))
+    assert over_ray == here

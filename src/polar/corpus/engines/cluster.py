@@ -170,7 +170,8 @@ class RayDataSampler:
                 log.exception("a Ray Data job failed")
                 for requests, future in wave:
                     if not future.done():
-                        reason = f"the Ray Data job failed: {' '.join(str(error).split())[:200]}"
+                        cause = str(error).strip().splitlines()[-1]  # above it stands the remote traceback
+                        reason = f"the Ray Data job failed: {cause[:200]}"
                         future.set_result([Failure(reason)] * len(requests))
 
     def _run_wave(
@@ -218,7 +219,9 @@ class RayDataSampler:
             batch_size=min(settings.batch_size, 64),
             concurrency=max(1, gpus // settings.tensor_parallel_size),
             chat_template_stage={"enabled": chat},
+            detokenize_stage={"enabled": False},  # vLLM does it as it does without Ray
             should_continue_on_error=True,
+            log_engine_metrics=False,  # they need more of Ray than its data room
             placement_group_config=None if gpus else {"bundle_per_worker": {"CPU": 1}},
         )
         sampling = {
