@@ -32,6 +32,7 @@ COMMANDS = {
     "corpus clean": ("polar.cli.clean", "trajectories -> trajectories without loops, duplicates and test data"),
     "corpus report": ("polar.cli.report", "an HTML page about trajectories"),
     "pair": ("polar.cli.pair", "trajectories of many policies -> triples"),
+    "plan": ("polar.cli.plan", "learning rate, batch, memory and time of a pre-training run"),
     "pretrain": ("polar.cli.train", "train a policy discriminator on triples"),
     "finetune": ("polar.cli.train", "fine-tune a reward model on preferences"),
 }
