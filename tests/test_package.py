@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tokenizers import Tokenizer
 
 import polar
 from polar.training.config import PretrainConfig
 from polar.writing import open_writer
+from tests.corpus.engines.tiny import save_policy
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(module.name for module in pkgutil.walk_packages(polar.__path__, "polar."))
@@ -89,17 +91,17 @@ def test_the_readmes_python_runs() -> None:
     assert re.match(r"\[-?\d+\.\d+\]\n\[\[(-?\d+\.\d+(, )?){3}\]\]\n$", result.stdout)
 
 
-def test_the_readmes_commands_run(tmp_path: Path) -> None:
+def test_the_readmes_commands_run(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Every `polar` line, in order, where the files they name exist (short runs, a tiny official model)."""
-    rows = [
-        {"prompt": f"Prompt {n}?", "policy": f"policy-{p}", "output": f"answer {p} " * (s + 2)}
-        for n in range(6)
-        for p in range(4)
-        for s in range(2)
-    ]
-    with open_writer(tmp_path / "samples.parquet") as writer:
-        for row in rows:
-            writer.write(row)
+    with open_writer(tmp_path / "prompts.jsonl") as writer:
+        for number in range(30):
+            writer.write({"prompt": f"What would you do with {number} apples?"})
+    policies = []
+    for number, architecture in enumerate(["llama", "qwen2", "qwen3"]):
+        model = str(save_policy(tmp_path / architecture, tokenizer, architecture, number))
+        engine = {"type": "transformers", "model": model, "batch_size": 32, "dtype": "float32"}
+        policies.append({"name": architecture, "kind": "chat", "engine": engine, "decoding": {"max_tokens": 12}})
+    (tmp_path / "pool.yaml").write_text(yaml.safe_dump({"policies": policies}))
     preference = {"prompt": "2+2?", "reference": "4", "chosen": "It is 4.", "rejected": "5", "output": "4"}
     for name in ("preferences.jsonl", "dev.jsonl", "answers.jsonl"):
         (tmp_path / name).write_text((json.dumps(preference) + "\n") * 3)
@@ -118,7 +120,7 @@ def test_the_readmes_commands_run(tmp_path: Path) -> None:
     }
     lines = [line for block in readme_blocks("bash") for line in block.splitlines() if line.startswith("polar ")]
     assert [shlex.split(line)[1] for line in lines] == [
-        *"score score convert score pair pretrain finetune eval".split()
+        *"score score convert score sample corpus corpus pair pretrain finetune eval".split()
     ]
     for line in lines:
         command = [sys.executable, "-m", "polar.cli.main", *shlex.split(line, comments=True)[1:]]

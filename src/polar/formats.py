@@ -87,7 +87,9 @@ def trajectory(row: Row) -> tuple[str, list[Trajectory]]:
     if decoding is None and row.has("decoding"):
         raise row.wrong("decoding", "an object")
     sample, step, family = count_of(row, "sample"), count_of(row, "step"), optional_string(row, "family")
-    return "trajectory", [Trajectory(prompt, policy, output, sample or 0, decoding or {}, wrapper_of(row), family, step)]
+    return "trajectory", [
+        Trajectory(prompt, policy, output, sample or 0, decoding or {}, wrapper_of(row), family, step)
+    ]
 
 
 def preference(row: Row, reference_column: str | None) -> tuple[str, list[Preference]]:

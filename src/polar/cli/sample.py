@@ -144,17 +144,17 @@ def _tokens(totals: Totals) -> str:
 def _table(report: SampleReport) -> Table:
     """Samples and tokens per policy, and what was set aside."""
     table = Table("policy", box=None, pad_edge=False)
-    for name in ("samples", "tokens in", "tokens out"):
-        table.add_column(name, justify="right")
+    for heading in ("samples", "tokens in", "tokens out"):
+        table.add_column(heading, justify="right")
     table.add_column("set aside")
     aside: dict[str, list[str]] = {}
     for (policy, reason), count in report.set_aside.most_common():
         aside.setdefault(policy, []).append(f"{count:,}: {reason}")
     per_policy = report.manifest["per_policy"]
-    for policy in sorted({*per_policy, *aside}):
-        totals = Totals(**per_policy.get(policy, {}))
+    for name in sorted({*per_policy, *aside}):
+        totals = Totals(**per_policy.get(name, {}))
         numbers = (totals.samples, totals.prompt_tokens, totals.output_tokens)
-        reasons = aside.get(policy, [])
+        reasons = aside.get(name, [])
         shown = reasons[:REASONS] + [f"and {len(reasons) - REASONS} more reasons"] * (len(reasons) > REASONS)
-        table.add_row(Text(policy), *(f"{number:,}" for number in numbers), Text("\n".join(shown)))
+        table.add_row(Text(name), *(f"{number:,}" for number in numbers), Text("\n".join(shown)))
     return table

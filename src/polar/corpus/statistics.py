@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from polar.baselines import words
 from polar.corpus.report import QUANTILES, SCHEMA, Duplicates, Lengths, Overview, Policy, Repeated, Report, Unit, blank
+from polar.corpus.sorting import temporary_files
 from polar.corpus.subset import Subset
 from polar.errors import InputError
 from polar.fields import Row, optional_string
@@ -117,6 +118,7 @@ def statistics(samples: Iterable[Sample], *, seed: int = 0, report: ReadReport |
     """
     subset = Subset(seed)
     with (
+        temporary_files(Path(tempfile.gettempdir())),
         tempfile.TemporaryDirectory(prefix="polar-report-") as directory,
         duckdb.connect(Path(directory) / "corpus.duckdb", config=DATABASE) as database,
     ):
