@@ -84,9 +84,9 @@ def sample(
         ray: Sample on a Ray cluster: its address, "auto", or "local" for a new one on this machine.
         on_bad_row: "skip" leaves unreadable rows out and says how many.
     """
-    for name, number in (("samples", samples), ("shard_prompts", shard_prompts)):
+    for flag, number in (("samples", samples), ("shard_prompts", shard_prompts)):
         if number < 1:
-            raise InputError(f"{name} must be at least 1, found {number}")
+            raise InputError(f"{flag} must be at least 1, found {number}")
     read, console = ReadReport(), Console(stderr=True)
     plan = Plan(read_pool(pool), design, samples, seed)
     if ray is None:
@@ -123,10 +123,10 @@ def sample(
     if read.skipped:
         sys.stderr.write(f"skipped {read.skipped} unreadable rows\n")
     if report.set_aside:
-        (policy, reason), most = report.set_aside.most_common(1)[0]
+        (name, reason), most = report.set_aside.most_common(1)[0]
         raise InputError(
             f"{output}: {report.set_aside.total():,} of {report.expected:,} samples could not be drawn (most often, "
-            f"{most:,} times, {policy}: {reason}); the others are written, and the same command tries these again"
+            f"{most:,} times, {name}: {reason}); the others are written, and the same command tries these again"
         )
     sys.stderr.write(f"wrote {report.manifest['totals']['samples']} samples to {output}\n")
 

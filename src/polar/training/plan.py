@@ -127,7 +127,7 @@ def _activations(parameters: float, tokens: float) -> float:
 
     The shape is guessed from the size: N = 12 L H^2 with H = 128 L, which is close to the common 1B to 70B models.
     """
-    layers = (parameters / (12 * 128**2)) ** (1 / 3)
+    layers = math.cbrt(parameters / (12 * 128**2))
     return tokens * 128 * layers * (2 * layers + 34)
 
 
