@@ -1,6 +1,10 @@
 import json
-import math
+import os
+import random
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from polar import BUNDLED_MODEL, Comparison, InputError, Preference, RewardModel, Template, Triple
 from polar.training.batches import Collator, examples_from_preferences, examples_from_triples
+from polar.training.checkpoints import COMPLETE, newest_complete
 from polar.training.config import FinetuneConfig, PretrainConfig
-from polar.training.objectives import bradley_terry, lexical_targets
+from polar.training.objectives import lexical_targets
 from polar.training.scratch import BOS, PAD, ScratchConfig, train_tokenizer
-from polar.training.trainer import Discriminator, finetune, pretrain
+from polar.training.trainer import Discriminator, RewardTrainer, finetune, pretrain
 
 SMALL = ScratchConfig(
     vocab_size=400, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, max_positions=512
@@ -50,18 +55,6 @@ def config(triples: str, output: Path, **values: object) -> PretrainConfig:
     return PretrainConfig(data=[triples], output=str(output), **{**options, **values})
 
 
-def test_bradley_terry_matches_the_formula() -> None:
-    rewards = torch.tensor([1.0, -2.0, 0.5, 0.5])
-    loss = bradley_terry(rewards, torch.tensor([0, 2]), torch.tensor([1, 3]))
-    expected = (-math.log(1 / (1 + math.exp(-3.0))) - math.log(0.5)) / 2
-    assert loss.item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_bradley_terry_survives_huge_margins() -> None:
-    loss = bradley_terry(torch.tensor([-1e4, 1e4]), torch.tensor([0]), torch.tensor([1]))
-    assert loss.item() == pytest.approx(2e4)
-
-
 def test_consecutive_triples_with_one_positive_become_one_group(template: Template) -> None:
     first = [Triple("p", "r", "good", f"bad {number}") for number in range(3)]
     second = [Triple("p", "r", "other", "bad 0")]
@@ -90,7 +83,7 @@ def test_lexical_targets_by_hand(template: Template) -> None:
 def test_the_loss_of_a_tree_equals_the_loss_of_separate_pairs(template: Template, reward_model: RewardModel) -> None:
     triples = [Triple("What?", "It is Beijing.", "Beijing.", f"not {number} Shanghai") for number in range(3)]
     discriminator = Discriminator(reward_model.model)
-    collate = Collator(reward_model.model.config.pad_token_id)
+    collate = Collator()
     with torch.no_grad():
         tree = discriminator(**collate(list(examples_from_triples(triples, template))))
         margins = [
@@ -117,13 +110,95 @@ def test_pretraining_from_scratch_learns_and_saves(triples: str, tmp_path: Path)
     assert resolved["scratch"]["hidden_size"] == 32
 
 
-def test_a_stopped_run_goes_on_with_the_same_command(triples: str, tmp_path: Path) -> None:
-    straight = pretrain(config(triples, tmp_path / "straight", schedule="constant", save_steps=6))
-    pretrain(config(triples, tmp_path / "stopped", schedule="constant", save_steps=6, max_steps=6))
-    (tmp_path / "stopped" / "config.json").unlink()
-    resumed = pretrain(config(triples, tmp_path / "stopped", schedule="constant", save_steps=6, resume=True))
-    for name, weight in straight.model.state_dict().items():
-        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+class CrashError(Exception):
+    pass
+
+
+def pretrain_until(steps: int, event: Callable[[], None], settings: PretrainConfig) -> None:
+    """Something happens in the middle of the micro-batch after so many."""
+    real, done = RewardTrainer.training_step, 0
+
+    def step(self: RewardTrainer, *arguments: Any, **named: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done > steps:
+            event()
+        return real(self, *arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RewardTrainer, "training_step", step)
+        pretrain(settings)
+
+
+def crash() -> None:
+    """The process dies, as far as what is on disk is concerned."""
+    raise CrashError
+
+
+def assert_same_weights(first: RewardModel, second: RewardModel) -> None:
+    for name, weight in first.model.state_dict().items():
+        assert torch.equal(weight, second.model.state_dict()[name]), name
+
+
+LONG: dict[str, Any] = {
+    "max_steps": -1,
+    "epochs": 2.5,
+    "batch_size": 4,
+    "gradient_accumulation": 2,
+    "save_steps": 3,
+    "lexical_weight": 1.0,
+}
+
+
+def test_killed_again_and_again_it_ends_with_the_undisturbed_weights(triples: str, tmp_path: Path) -> None:
+    straight = pretrain(config(triples, tmp_path / "straight", **LONG))
+    steps = straight.provenance["training"]["steps"]
+    assert steps >= 12  # over several epochs
+    moments = random.Random(5)
+    for _ in range(6):
+        with pytest.raises(CrashError):
+            pretrain_until(moments.randint(1, 9), crash, config(triples, tmp_path / "killed", **LONG))
+    resumed = pretrain(config(triples, tmp_path / "killed", **LONG))
+    assert_same_weights(straight, resumed)
+    assert resumed.provenance["training"]["steps"] == steps
+    assert resumed.provenance["training"]["tokens"] == straight.provenance["training"]["tokens"]
+
+
+def test_a_half_written_checkpoint_is_never_loaded(triples: str, tmp_path: Path) -> None:
+    straight = pretrain(config(triples, tmp_path / "straight", **LONG))
+    with pytest.raises(CrashError):
+        pretrain_until(20, crash, config(triples, tmp_path / "torn", **LONG))
+    newest = newest_complete(tmp_path / "torn" / "run")
+    assert newest is not None
+    (newest / COMPLETE).unlink()  # killed while it was written: its files are torn
+    for file in newest.iterdir():
+        file.write_bytes(file.read_bytes()[:50])
+    assert_same_weights(straight, pretrain(config(triples, tmp_path / "torn", **LONG)))
+    assert not newest.exists() or (newest / COMPLETE).exists()
+
+
+def test_sigterm_saves_and_stops_and_the_same_command_goes_on(triples: str, tmp_path: Path) -> None:
+    straight = pretrain(config(triples, tmp_path / "straight", **LONG))
+    with pytest.raises(SystemExit) as stopped:  # in the fifth step, after which no checkpoint is due
+        pretrain_until(8, lambda: os.kill(os.getpid(), signal.SIGTERM), config(triples, tmp_path / "stopped", **LONG))
+    assert stopped.value.code == 143
+    newest = newest_complete(tmp_path / "stopped" / "run")
+    assert newest is not None
+    assert newest.name == "checkpoint-5"
+    assert_same_weights(straight, pretrain(config(triples, tmp_path / "stopped", **LONG)))
+
+
+def test_a_run_goes_on_with_its_own_settings_and_data_only(triples: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(CrashError):
+        pretrain_until(10, crash, config(triples, output, **LONG))
+    with pytest.raises(InputError, match=r"has batch_size 4, now it is 8; go on with the same settings"):
+        pretrain(config(triples, output, **{**LONG, "batch_size": 8}))
+    with Path(triples).open("a") as file:
+        file.write("\n")
+    with pytest.raises(InputError, match="had other training data"):
+        pretrain(config(triples, output, **LONG))
+    assert pretrain(config(triples, output, **LONG, resume=False)).provenance["training"]["steps"]
 
 
 def test_a_finished_output_is_not_overwritten(triples: str, checkpoint: Path) -> None:

@@ -43,7 +43,7 @@ def score(
     compat: Compat | None = None,
     max_length: int | None = None,
     max_response_length: int | None = None,
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
 ) -> None:
     """Score outputs against references: the higher the reward, the closer the output is to the reference.
 
@@ -71,9 +71,9 @@ def score(
         compat: "seed" builds the inputs exactly as the original POLAR client does.
         max_length: Longest input in tokens (default: the checkpoint's).
         max_response_length: Longest reference and output in tokens (default: the checkpoint's).
-        batch_tokens: Tokens of one forward pass.
+        batch_tokens: Tokens of one forward pass (default: 4096 on a CPU, 16384 elsewhere).
     """
-    if batch_tokens < 1:
+    if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"batch_tokens must be at least 1, found {batch_tokens}")
     reports = [ReadReport() for _ in inputs]
     groups = _groups(inputs, reports, on_bad_row, prompt, reference, output)
@@ -124,7 +124,7 @@ def _groups(
 
 
 def _score(
-    model: RewardModel, groups: Iterator[Group], explain: bool, batch_tokens: int, progress: Progress
+    model: RewardModel, groups: Iterator[Group], explain: bool, batch_tokens: int | None, progress: Progress
 ) -> Iterator[tuple[Group, dict[str, Any]]]:
     """One result row per candidate, in the order of the input; only one window of groups is in memory."""
     task = progress.add_task("scoring", total=None)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from polar.errors import InputError
 from polar.model.tree import row_length, tree_batch
-from polar.records import Group, Preference, Text, Triple
+from polar.records import Group, Preference, Text, Triple, text_of
 from polar.template import EncodedGroup, Template
-from polar.training.objectives import lexical_targets
+from polar.training.objectives import Objective, lexical_targets
+
+NAME_LENGTH = 40
+"""Characters of a prompt in the name of an example."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +27,18 @@ class Example:
     group: EncodedGroup
     pairs: tuple[tuple[int, int], ...]
     """(better, worse) as positions in `group.branches`."""
+    name: str
+    """The number of its first record in the order of reading, and how its prompt begins: for messages."""
+    margin: float = 0.0
+    """By how much the better one of a pair must win."""
 
 
 def examples_from_triples(triples: Iterable[Triple], template: Template) -> Iterator[Example]:
     """One example per run of consecutive triples that share prompt, reference and positive (K negatives share them)."""
     current: Triple | None = None
     negatives: list[Text] = []
-    for triple in triples:
+    name = ""
+    for number, triple in enumerate(triples, 1):
         if current is not None and (
             (triple.prompt, triple.reference, triple.positive, triple.wrapper)
             == (current.prompt, current.reference, current.positive, current.wrapper)
@@ -37,66 +46,75 @@ def examples_from_triples(triples: Iterable[Triple], template: Template) -> Iter
             negatives.append(triple.negative)
             continue
         if current is not None:
-            yield _one_against_all(current, negatives, template)
-        current, negatives = triple, [triple.negative]
+            yield _one_against_all(current, negatives, template, name)
+        current, negatives, name = triple, [triple.negative], _name(number, triple.prompt)
     if current is not None:
-        yield _one_against_all(current, negatives, template)
+        yield _one_against_all(current, negatives, template, name)
 
 
 def examples_from_preferences(preferences: Iterable[Preference], template: Template) -> Iterator[Example]:
     """One example per preference; a ranked list of K answers gives all K (K - 1) / 2 pairs."""
-    for preference in preferences:
+    for number, preference in enumerate(preferences, 1):
         group = Group(preference.prompt, preference.reference, preference.ranked, wrapper=preference.wrapper)
-        yield Example(template.encode_group(group), tuple(combinations(range(len(preference.ranked)), 2)))
+        yield Example(
+            template.encode_group(group),
+            tuple(combinations(range(len(preference.ranked)), 2)),
+            _name(number, preference.prompt),
+            preference.margin or 0.0,
+        )
 
 
-def _one_against_all(triple: Triple, negatives: Sequence[Text], template: Template) -> Example:
+def _name(number: int, prompt: Text) -> str:
+    words = " ".join(text_of(prompt).split())
+    return f'{number} ("{words[:NAME_LENGTH]}{"..." if len(words) > NAME_LENGTH else ""}")'
+
+
+def _one_against_all(triple: Triple, negatives: Sequence[Text], template: Template, name: str) -> Example:
     group = Group(triple.prompt, triple.reference, (triple.positive, *negatives), wrapper=triple.wrapper)
-    return Example(template.encode_group(group), tuple((0, number) for number in range(1, len(negatives) + 1)))
+    return Example(template.encode_group(group), tuple((0, number) for number in range(1, len(negatives) + 1)), name)
 
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Turns examples into the keyword arguments of `Discriminator.forward`, all tensors."""
+    """Turns examples into the keyword arguments of `Discriminator.forward`: tensors, and the names of the examples."""
 
-    pad_token_id: int
     lexical: bool = False
+    objective: Objective = field(default_factory=Objective)
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor | None]:
-        """Lay the examples' groups out as tree rows and number their candidates through the batch."""
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Lay the examples' groups out as one row and number their candidates through the batch."""
         if not examples:
             raise InputError("an empty batch: there are no training examples")
-        batch = tree_batch([example.group for example in examples], self.pad_token_id)
+        batch = tree_batch([example.group for example in examples])
         better, worse, offset = [], [], 0
         for example in examples:
             better += [offset + first for first, _ in example.pairs]
             worse += [offset + second for _, second in example.pairs]
             offset += len(example.group.branches)
-        tensors: dict[str, Tensor | None] = {
-            "ids_BT": batch.ids_BT,
-            "positions_BT": batch.positions_BT,
-            "mask_B1TT": batch.mask_B1TT,
-            "score_rows_N": batch.score_rows_N,
-            "score_columns_N": batch.score_columns_N,
+        margins = [example.margin for example in examples for _ in example.group.branches]
+        inputs: dict[str, Any] = {
+            "batch": batch,
             "better_P": torch.tensor(better),
             "worse_P": torch.tensor(worse),
+            "margin_N": torch.tensor(margins),
+            # Trainer counts the labels of all micro-batches and machines of a step: its number of comparisons.
+            "labels": self.objective.winners(torch.tensor(better)),
+            "names": [example.name for example in examples],
         }
-        return {**tensors, **self._lexical_targets(examples, batch.ids_BT.shape)} if self.lexical else tensors
-
-    def _lexical_targets(self, examples: Sequence[Example], shape: torch.Size) -> dict[str, Tensor | None]:
-        overlap_BT, closeness_BT3 = torch.zeros(shape), torch.zeros((*shape, 3))
-        select_BT = torch.zeros(shape, dtype=torch.bool)
-        for row, example in enumerate(examples):
-            start = len(example.group.prefix)
-            for overlap, closeness in lexical_targets(example.group):
-                end = start + len(overlap)
-                overlap_BT[row, start:end] = torch.from_numpy(overlap)
-                closeness_BT3[row, start:end] = torch.from_numpy(closeness)
-                select_BT[row, start:end] = True
-                start = end
-        return {"overlap_BT": overlap_BT, "closeness_BT3": closeness_BT3, "select_BT": select_BT}
+        return {**inputs, **_lexical_targets(examples)} if self.lexical else inputs
 
 
-def lengths(examples: Sequence[Example]) -> list[int]:
-    """Tokens of every example's row, for batching by length."""
-    return [row_length(example.group) for example in examples]
+def _lexical_targets(examples: Sequence[Example]) -> dict[str, Tensor]:
+    tokens = sum(row_length(example.group) for example in examples)
+    overlap_1T, closeness_1T3 = torch.zeros(1, tokens), torch.zeros(1, tokens, 3)
+    select_1T = torch.zeros(1, tokens, dtype=torch.bool)
+    start = 0
+    for example in examples:
+        start += len(example.group.prefix)
+        for overlap, closeness in lexical_targets(example.group):
+            end = start + len(overlap)
+            overlap_1T[0, start:end] = torch.from_numpy(overlap)
+            closeness_1T3[0, start:end] = torch.from_numpy(closeness)
+            select_1T[0, start:end] = True
+            start = end
+    return {"overlap_BT": overlap_1T, "closeness_BT3": closeness_1T3, "select_BT": select_1T}

@@ -10,6 +10,7 @@ import yaml
 from cyclopts import Parameter
 
 from polar.errors import InputError
+from polar.training.objectives import Loss, Objective, Penalty, Ranked
 from polar.training.scratch import ScratchConfig
 
 
@@ -44,6 +45,18 @@ class TrainConfig:
     """Groups (a triple or a preference each) per device and micro-batch."""
     gradient_accumulation: int = 1
     """Micro-batches per optimizer step."""
+    loss: Loss = "ranking"
+    """Loss of a comparison: Bradley-Terry, or the focal one, which weighs down comparisons that are won already."""
+    penalty: Penalty = "none"
+    """What keeps rewards near 0: a log barrier at -5 and 5, their squares (l2), or the square of the sum of a better
+    and a worse one (centering)."""
+    penalty_weight: float = 0.01
+    """Weight of the penalty."""
+    label_smoothing: float = 0.0
+    """Probability that a label is wrong, below 0.5."""
+    ranked: Ranked = "all_pairs"
+    """More than two candidates in a group: each better one against each worse one, or (plackett_luce) each against all
+    that are worse at once."""
     max_grad_norm: float = 1.0
     """Gradient clipping."""
     max_length: int | None = None
@@ -60,8 +73,8 @@ class TrainConfig:
     """Steps between resumable checkpoints under `<output>/run` (the last two are kept)."""
     eval_steps: int = 500
     """Steps between evaluations, when eval_data is given."""
-    resume: bool = False
-    """Go on from the last resumable checkpoint of this output directory."""
+    resume: bool = True
+    """Go on from the newest whole checkpoint of this output directory, if there is one."""
     report_to: list[str] = field(default_factory=list)
     """Trackers, for example tensorboard or wandb (extra: polar-rm[train])."""
     on_bad_row: Literal["error", "skip"] = "error"
@@ -79,6 +92,15 @@ class TrainConfig:
             raise InputError(f"warmup_ratio must be in [0, 1), found {self.warmup_ratio}")
         if self.learning_rate <= 0:
             raise InputError(f"learning_rate must be above 0, found {self.learning_rate}")
+        self.objective()
+
+    def objective(self) -> Objective:
+        """The loss that these options describe.
+
+        Raises:
+            InputError: an option has a value that there is not.
+        """
+        return Objective(self.loss, self.penalty, self.penalty_weight, self.label_smoothing, self.ranked)
 
     def save(self, path: Path) -> None:
         """Write the resolved values as YAML; `--config` reads them back."""

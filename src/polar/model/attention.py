@@ -1,0 +1,140 @@
+"""Attention over rows of trees, as an attention implementation of transformers, so that no model code is copied.
+
+A row holds segments, and a segment is described by one line of a small table: `[prefix start, prefix end, start, end]`.
+Its tokens see the tokens of the prefix and, causally, each other; nothing else. An empty prefix makes it an ordinary
+sequence. The table takes the place of the attention mask, which transformers hands through to every layer as it is.
+Without a table (anybody calls the model as usual) attention is `sdpa`.
+
+- CPU, and where FlexAttention is missing: scaled dot product attention segment by segment. No mask is larger than
+  `QUERY_BLOCK` queries by the keys that one branch sees.
+- GPU: FlexAttention with a block mask made from the same table.
+
+Shape legend: S segments, T tokens of the row, H heads, D dimensions of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from polar.errors import InputError
+
+TREE_ATTENTION = "polar_tree"
+"""The name to give as `attn_implementation`."""
+
+QUERY_BLOCK = 256
+"""Queries of a branch that share one call. Smaller blocks skip more of the keys that lie in the future."""
+
+
+def segment_table(segments: list[tuple[int, int, int, int]]) -> Tensor:
+    """The table as an attention mask, shape (1, 1, S, 4); it stays on the CPU."""
+    return torch.tensor(segments)[None, None]
+
+
+def block_mask(table_11S4: Tensor, device: torch.device) -> BlockMask:
+    """The same attention as a block mask of FlexAttention."""
+    table_S4 = table_11S4[0, 0]
+    lengths_S = table_S4[:, 3] - table_S4[:, 2]
+    first_T, last_T, start_T, _ = table_S4.repeat_interleave(lengths_S, dim=0).to(device).unbind(1)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = (key >= start_T[query]) & (key <= query)
+        return own | ((key >= first_T[query]) & (key < last_T[query]))
+
+    tokens = start_T.shape[0]
+    return create_block_mask(sees, None, None, tokens, tokens, device=str(device), _compile=device.type == "cuda")
+
+
+def has_flex_attention(device: torch.device) -> bool:
+    """Whether FlexAttention runs as a fused kernel there."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
+def tree_attention(
+    module: torch.nn.Module,
+    query_1HTD: Tensor,
+    key_1HTD: Tensor,
+    value_1HTD: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function that transformers calls in every layer; see `AttentionInterface`.
+
+    Args:
+        module: The attention layer.
+        query_1HTD: Queries of all tokens.
+        key_1HTD: Keys; they may have fewer heads.
+        value_1HTD: Values.
+        attention_mask: A segment table, a block mask, or what `sdpa` takes.
+        dropout: Dropout of the attention weights.
+        scaling: Factor of the products.
+        kwargs: What else transformers passes.
+
+    Returns:
+        The output, heads after tokens, and no weights.
+
+    Raises:
+        InputError: The model needs more than scaled products (soft caps, sinks, position biases).
+    """
+    more = {"dropout": dropout, "scaling": scaling, **kwargs}
+    if isinstance(attention_mask, BlockMask):
+        return _library("flex_attention")(module, query_1HTD, key_1HTD, value_1HTD, attention_mask, **more)
+    if attention_mask is None or attention_mask.dtype != torch.int64:
+        return _library("sdpa")(module, query_1HTD, key_1HTD, value_1HTD, attention_mask, **more)
+    if unknown := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
+        raise InputError(
+            f"{type(module).__name__}: attention with {', '.join(unknown)} is not supported on this device"
+        )
+    outputs = []
+    for first, last, start, end in attention_mask[0, 0].tolist():
+        query, own_key, own_value = (part[:, :, start:end] for part in (query_1HTD, key_1HTD, value_1HTD))
+        if first == last:
+            outputs.append(_attend(query, own_key, own_value, None, dropout, scaling))
+            continue
+        key = torch.cat([key_1HTD[:, :, first:last], own_key], dim=2)
+        value = torch.cat([value_1HTD[:, :, first:last], own_value], dim=2)
+        for begin in range(0, end - start, QUERY_BLOCK):
+            stop = min(begin + QUERY_BLOCK, end - start)
+            seen = last - first + stop
+            future = torch.full((stop - begin, stop - begin), float("-inf"), dtype=query.dtype, device=query.device)
+            bias = pad(future.triu_(1), (seen - (stop - begin), 0))
+            outputs.append(
+                _attend(query[:, :, begin:stop], key[:, :, :seen], value[:, :, :seen], bias, dropout, scaling)
+            )
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float, scaling: float | None
+) -> Tensor:
+    """Causal attention, or attention with a bias of shape (queries, keys)."""
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=bias,
+        dropout_p=dropout,
+        is_causal=bias is None,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _library(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """An attention function of transformers."""
+    function: Callable[..., tuple[Tensor, Tensor | None]] = AttentionInterface()[name]
+    return function
+
+
+AttentionInterface.register(TREE_ATTENTION, tree_attention)
+AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)

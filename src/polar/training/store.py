@@ -1,0 +1,138 @@
+"""Encoded examples on disk, read through a memory map: a corpus of any size takes no RAM but its row lengths.
+
+The file is plain Arrow (Feather without compression), written once when a run begins. A run that goes on reads it again
+and refuses training data that changed meanwhile, since its position in the stream would mean something else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from polar.errors import InputError
+from polar.model.tree import row_length
+from polar.template import EncodedGroup, Truncation
+from polar.training.batches import Example
+from polar.writing import on_disk
+
+IDS = pa.list_(pa.int32())
+SCHEMA = pa.schema(
+    [
+        ("prefix", IDS),
+        ("branches", pa.list_(IDS)),
+        ("reference", IDS),
+        ("pairs", pa.list_(pa.list_(pa.int32()))),
+        ("name", pa.string()),
+        ("margin", pa.float64()),
+        ("length", pa.int64()),
+    ]
+)
+BATCH = 1000
+"""Examples that are written at a time."""
+FINGERPRINT = b"polar"
+
+
+class ExampleStore:
+    """A sequence of examples in a file; use `write_examples` or `open_examples`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        self.fingerprint: dict[str, Any] = json.loads(table.schema.metadata[FINGERPRINT])
+        self.lengths: NDArray[np.int64] = table["length"].to_numpy()
+        """Tokens of every example's row."""
+        self._table = table.drop_columns(["length"])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, number: int) -> Example:
+        (row,) = self._table.slice(number, 1).to_pylist()
+        # How much was cut is counted when examples are made; training does not ask again.
+        cut = [Truncation(0, 0, 0)] * len(row["branches"])
+        group = EncodedGroup(row["prefix"], row["branches"], cut, row["reference"])
+        return Example(group, tuple((better, worse) for better, worse in row["pairs"]), row["name"], row["margin"])
+
+    def __reduce__(self) -> tuple[type[ExampleStore], tuple[Path]]:
+        # Workers of a data loader open the file themselves.
+        return ExampleStore, (self.path,)
+
+
+def write_examples(path: Path, examples: Iterable[Example], fingerprint: dict[str, Any]) -> ExampleStore:
+    """Write examples to a file that appears when it is complete, and open it.
+
+    Args:
+        path: The file.
+        examples: Consumed once.
+        fingerprint: What the examples depend on, see `fingerprint_of`.
+
+    Raises:
+        InputError: there are no examples, or the disk is full.
+    """
+    temporary, count = path.with_suffix(".tmp"), 0
+    schema = SCHEMA.with_metadata({FINGERPRINT: json.dumps(fingerprint).encode()})
+    remaining = iter(examples)
+    with on_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with on_disk(path), pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            while batch := list(islice(remaining, BATCH)):
+                writer.write_batch(pa.RecordBatch.from_pylist([_row(example) for example in batch], schema=schema))
+                count += len(batch)
+        if not count:
+            raise InputError("no training examples; expected at least one row to train on")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return ExampleStore(path)
+
+
+def open_examples(path: Path, fingerprint: dict[str, Any]) -> ExampleStore | None:
+    """The examples of an earlier run, or None if there are none.
+
+    Raises:
+        InputError: they were made from other data or with other settings.
+    """
+    if not path.exists():
+        return None
+    store = ExampleStore(path)
+    for name, value in fingerprint.items():
+        if store.fingerprint.get(name) != value:
+            raise InputError(
+                f"{path}: the run that was begun here had other training data or settings ({name}); go on with the "
+                "same ones, or choose another output"
+            )
+    return store
+
+
+def fingerprint_of(paths: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """Names, sizes and times of the data files, and the settings of the template.
+
+    Directories count with their files; patterns and data sets of the hub by their names alone.
+    """
+    files = {}
+    for name in paths:
+        path = Path(name)
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        files[name] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in inside if file.is_file()]
+    return {"files": files, "settings": settings}
+
+
+def _row(example: Example) -> dict[str, Any]:
+    group = example.group
+    return {
+        "prefix": group.prefix,
+        "branches": group.branches,
+        "reference": group.reference,
+        "pairs": [list(pair) for pair in example.pairs],
+        "name": example.name,
+        "margin": example.margin,
+        "length": row_length(group),
+    }
