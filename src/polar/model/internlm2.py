@@ -24,14 +24,16 @@ from polar.errors import InputError
 from polar.model.files import find_shards, local_directory, read_json, read_shard, write_json
 from polar.model.internlm2_layout import BASE_MODEL, map_config, map_tensor, source_shapes
 from polar.model.sentencepiece import SentencePieceModel, build_tokenizer, read_model, token_content
-from polar.template import Template, TemplateSettings
+from polar.template import CHECKPOINT_FILE, Template, TemplateSettings
 
 log = logging.getLogger(__name__)
 
 SOURCE_FILES = (
     "config.json",
     "tokenizer.model",
+    "tokenizer.json",
     "tokenizer_config.json",
+    CHECKPOINT_FILE,
     "model*.safetensors",
     "model.safetensors.index.json",
     "pytorch_model*.bin",
@@ -88,6 +90,9 @@ def convert(source: str | Path, target: str | Path) -> None:
 def _map_tokenizer(directory: Path, config: Mapping[str, Any]) -> tuple[Template, dict[str, Any]]:
     """The template with its fast tokenizer, and the `tokenizer_config.json` to be written."""
     tokenizer_config = read_json(directory / "tokenizer_config.json")
+    if (directory / CHECKPOINT_FILE).is_file() and not (directory / "tokenizer.model").is_file():
+        # `polar export` wrote it, or XTuner fine-tuned what it wrote: tokenizer and template are ours already.
+        return Template.load(directory), tokenizer_config
     model = read_model(directory / "tokenizer.model")
     score = config.get("reward_token_id")
     if score is None and config["architectures"][0] == BASE_MODEL:

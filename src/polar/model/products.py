@@ -16,15 +16,15 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 
-def fast_products(weight: torch.Tensor) -> AbstractContextManager[object]:
-    """A context in which the linear layers of a model with such weights use oneDNN where that helps.
+def fast_products(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """A context in which the linear layers of a model there use oneDNN where that helps.
 
     Only for inference: the operation has no gradient. The context belongs to the thread that enters it.
     """
     helps = (
-        (weight.device.type, weight.dtype) == ("cpu", torch.float32)
+        (device.type, dtype) == ("cpu", torch.float32)
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # what torch.compile calls, but not a documented interface
     )
     return _OneDnnLinear() if helps else nullcontext()
@@ -36,5 +36,6 @@ class _OneDnnLinear(TorchFunctionMode):
     ) -> Any:
         if function is linear and not kwargs:
             values, weight, bias = (*args, None)[:3]
-            return torch.ops.mkldnn._linear_pointwise(values, weight, bias, "none", [], "")
+            if values.dtype is weight.dtype is torch.float32:  # quantized layers pass by
+                return torch.ops.mkldnn._linear_pointwise(values, weight, bias, "none", [], "")
         return function(*args, **(kwargs or {}))

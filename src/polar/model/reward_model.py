@@ -187,7 +187,7 @@ class RewardModel:
         """Rewards of groups that the template has encoded already; see `score_groups`."""
         scores: list[list[float]] = [[] for _ in groups]
         for row in _rows(groups, batch_tokens or (4096 if self.device.type == "cpu" else 16384)):
-            with fast_products(self.model.score.weight):
+            with fast_products(self.device, self.model.dtype):
                 values = rewards(self.model, tree_batch([piece for _, piece in row]).to(self.device)).tolist()
             if progress is not None:
                 progress(len(values))
