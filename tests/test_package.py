@@ -18,7 +18,7 @@ import yaml
 from tokenizers import Tokenizer
 
 import polar
-from polar.training.config import PretrainConfig
+from polar.training.config import FinetuneConfig, PretrainConfig
 from polar.writing import open_writer
 from tests.corpus.engines.tiny import save_policy
 
@@ -152,10 +152,21 @@ def polar_card() -> Path:
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_is_a_valid_configuration(recipe: Path) -> None:
-    values = yaml.safe_load(recipe.read_text())
+    values = {"data": ["x"], "output": "y", **yaml.safe_load(recipe.read_text())}
+    if recipe.name.startswith("finetune"):
+        FinetuneConfig(**values)
+        return
     scratch = values.pop("scratch", {})
-    config = PretrainConfig(data=["x"], output="y", **values)
+    config = PretrainConfig(**values)
     assert set(scratch) <= set(type(config.scratch).__dataclass_fields__)
+
+
+def test_the_recipes_of_the_official_fine_tunings_differ_in_names_and_learning_rate_only() -> None:
+    small, large = (yaml.safe_load((ROOT / "recipes" / f"finetune-{size}.yaml").read_text()) for size in ("1_8b", "7b"))
+    differing = {name for name in small if small[name] != large[name]}
+    assert differing == {"model", "output", "learning_rate"}
+    assert (small["learning_rate"], large["learning_rate"]) == (1e-5, 2e-5)
+    assert 8 * small["batch_size"] * small["gradient_accumulation"] == 320  # paper D.2
 
 
 def test_the_demo_runs() -> None:
