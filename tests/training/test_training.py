@@ -2,6 +2,9 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -284,3 +287,29 @@ def test_the_bundled_model_can_be_finetuned_by_trl(tmp_path: Path) -> None:
     before = trainer.model.score.weight.detach().clone()
     trainer.train()
     assert not torch.equal(before, trainer.model.score.weight)
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments_changes_nothing(triples: str, tmp_path: Path) -> None:
+    """Real processes, real kills: the same command until it is done."""
+    flags = "--max-steps 300 --batch-size 4 --save-steps 10 --max-length 256 --max-response-length 64 --log-steps 99"
+    shape = "--scratch.hidden-size 32 --scratch.intermediate-size 64 --scratch.num-layers 2 --scratch.num-heads 2"
+    shape += " --scratch.vocab-size 400"
+
+    def start(output: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "polar.cli.main", "pretrain", "--data", triples, "--output", str(output)]
+        return subprocess.Popen([*command, *flags.split(), *shape.split()], env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    assert start(tmp_path / "straight").wait(120) == 0
+    moments, killed = random.Random(1), tmp_path / "killed"
+    for _ in range(5):
+        process = start(killed)
+        found = set(killed.glob("run/checkpoint-*"))
+        deadline = time.monotonic() + 60
+        while set(killed.glob("run/checkpoint-*")) == found and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.15))  # somewhere in the writing, or in the steps after it
+        process.kill()
+        process.wait(30)
+    assert start(killed).wait(120) == 0
+    assert_same_weights(RewardModel.load(tmp_path / "straight"), RewardModel.load(killed))
