@@ -6,8 +6,9 @@ round is what counts, since the machine may be busy with other things.
 - transformers: a random Llama of 20 M parameters, 128 samples of 64 tokens in batches of 16. The model is loaded once
   for both sides. Then the engine itself against the plain `generate(do_sample=True)` of the library on the same
   batches: what samples that do not depend on their batch cost.
-- http: 1,024 requests, 64 at a time, to a server in another process that answers after a quarter of a second; the bare
-  side is a loop with the same HTTP library that tries nothing again and saves nothing.
+- http: 1,024 requests, 64 at a time, to a server in another process that answers after a quarter of a second, and after
+  a whole one (as a real model with so many requests hardly does); the bare side is a loop with the same HTTP library
+  that tries nothing again and saves nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from polar.corpus.prompts import BUNDLED_TOKENIZER, Prompt
 from polar.corpus.sample import sample
 from polar.records import prompt_id
 
-LATENCY = 0.25
+LATENCIES = (0.25, 1.0)
+"""Seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +71,8 @@ class Shared:
 
 
 def measure(rounds: int) -> list[Overhead]:
-    """Both loads."""
-    return [*_transformers(rounds), _http(rounds)]
+    """All loads."""
+    return [*_transformers(rounds), *(_http(rounds, latency) for latency in LATENCIES)]
 
 
 def _prompts(count: int) -> list[Prompt]:
@@ -153,10 +155,10 @@ async def _all(engine: Engine, batches: list[Batch]) -> None:
         await engine.sample([item.request(batch.policy) for item in batch.items])
 
 
-def _http(rounds: int) -> Overhead:
+def _http(rounds: int, latency: float) -> Overhead:
     context = multiprocessing.get_context("spawn")
     port = context.Queue()
-    server = context.Process(target=_serve, args=(port,), daemon=True)
+    server = context.Process(target=_serve, args=(port, latency), daemon=True)
     server.start()
     try:
         url = f"http://127.0.0.1:{port.get(timeout=60)}/v1"
@@ -167,7 +169,7 @@ def _http(rounds: int) -> Overhead:
         prompts = _prompts(512)
         batches = plan.shard(0, prompts)
         return _compare(
-            "http",
+            f"http, answers after {latency} s",
             rounds,
             1024,
             lambda: asyncio.run(_ask(url, batches)),
@@ -191,11 +193,11 @@ async def _ask(url: str, batches: list[Batch]) -> None:
         await asyncio.gather(*(one(str(item.prompt.text), item.seed) for batch in batches for item in batch.items))
 
 
-def _serve(port: Any) -> None:
-    asyncio.run(_serve_forever(port))
+def _serve(port: Any, latency: float) -> None:
+    asyncio.run(_serve_forever(port, latency))
 
 
-async def _serve_forever(port: Any) -> None:
+async def _serve_forever(port: Any, latency: float) -> None:
     text = "An answer of about the length that a short answer has. " * 5
     choice = {"index": 0, "text": text, "finish_reason": "stop"}
     body = json.dumps({"choices": [choice], "usage": {"prompt_tokens": 20, "completion_tokens": 64}}).encode()
@@ -209,7 +211,7 @@ async def _serve_forever(port: Any) -> None:
                     line.split(b":")[1] for line in head.lower().splitlines() if line.startswith(b"content-l")
                 )
                 await reader.readexactly(int(length))
-                await asyncio.sleep(LATENCY)
+                await asyncio.sleep(latency)
                 writer.write(reply)
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
