@@ -27,6 +27,7 @@ __all__ = [
     "OnBadRow",
     "ReadReport",
     "Row",
+    "convert_rows",
     "read_comparisons",
     "read_groups",
     "read_preferences",
@@ -180,3 +181,34 @@ def rows(path: str | Path, *, on_bad_row: OnBadRow = "error", report: ReadReport
             log.warning("%s: no rows", name)
     if nothing:
         raise InputError(f"{path}: expected at least one row, found none")
+
+
+def convert_rows(
+    path: str | Path,
+    convert: Callable[[Row], Noun],
+    *,
+    on_bad_row: OnBadRow = "error",
+    report: ReadReport | None = None,
+) -> Iterator[Noun]:
+    """What a function makes of every row; for rows that no reader of records above knows.
+
+    Args:
+        path: Where the rows are.
+        convert: Raises `InputError` for a bad row.
+        on_bad_row: Raise at the first bad row, or skip and count it.
+        report: Filled while reading.
+
+    Raises:
+        InputError: For a bad row or file.
+    """
+    report = ReadReport() if report is None else report
+    for row in rows(path, on_bad_row=on_bad_row, report=report):
+        try:
+            value = convert(row)
+        except InputError as error:
+            if on_bad_row != "skip":
+                raise
+            report.skip(error)
+            continue
+        report.read += 1
+        yield value

@@ -20,7 +20,7 @@ from polar.corpus.overlap import Decontaminator, NearDuplicates
 from polar.corpus.rules import cut_incomplete_ending, is_empty, is_refusal, seems_to_break_off, truncate_loop
 from polar.errors import InputError
 from polar.fields import Row, optional_string
-from polar.reading import OnBadRow, ReadReport, rows
+from polar.reading import OnBadRow, ReadReport, convert_rows
 from polar.records import Message, Text, Trajectory, prompt_id, text_of
 from polar.writing import text_cell
 
@@ -108,18 +108,14 @@ def read_rows(
     """
     report = ReadReport() if report is None else report
     for path in paths:
-        for row in rows(path, on_bad_row=on_bad_row, report=report):
-            try:
-                _, (trajectory,) = formats.trajectory(row)
-            except InputError as error:
-                if on_bad_row == "error":
-                    raise
-                report.skip(error)
-                continue
-            report.read += 1
-            yield row, trajectory
+        yield from convert_rows(path, _with_trajectory, on_bad_row=on_bad_row, report=report)
     if not report.read:
         raise InputError(f"{', '.join(paths)}: expected trajectories, found none; the first: {report.first_reasons[0]}")
+
+
+def _with_trajectory(row: Row) -> tuple[Row, Trajectory]:
+    _, (trajectory,) = formats.trajectory(row)
+    return row, trajectory
 
 
 def clean(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from polar.errors import InputError
 from polar.fields import Row, text_at
 from polar.formats import wrapper_of
-from polar.reading import OnBadRow, ReadReport, rows
+from polar.reading import OnBadRow, ReadReport, convert_rows
 from polar.records import Text, Wrapper, prompt_id
 
 if TYPE_CHECKING:
@@ -46,16 +46,7 @@ def read_prompts(
     """
     report = ReadReport() if report is None else report
     for path in paths:
-        for row in rows(path, on_bad_row=on_bad_row, report=report):
-            try:
-                prompt = _prompt(row)
-            except InputError as error:
-                if on_bad_row == "error":
-                    raise
-                report.skip(error)
-                continue
-            report.read += 1
-            yield prompt
+        yield from convert_rows(path, _prompt, on_bad_row=on_bad_row, report=report)
 
 
 def _prompt(row: Row) -> Prompt:

@@ -29,7 +29,7 @@ from polar.corpus.subset import Subset
 from polar.errors import InputError
 from polar.fields import Row, optional_string
 from polar.formats import count_of, trajectory
-from polar.reading import OnBadRow, ReadReport, rows
+from polar.reading import OnBadRow, ReadReport, convert_rows
 from polar.records import Text, Trajectory, prompt_id, text_of
 
 EXCERPT, REPEATED, BATCH = 100, 10, 10_000
@@ -86,17 +86,7 @@ def read_samples(
     Raises:
         InputError: For a bad row or file.
     """
-    report = ReadReport() if report is None else report
-    for row in rows(path, on_bad_row=on_bad_row, report=report):
-        try:
-            sample = _sample(row)
-        except InputError as error:
-            if on_bad_row == "error":
-                raise
-            report.skip(error)
-            continue
-        report.read += 1
-        yield sample
+    return convert_rows(path, _sample, on_bad_row=on_bad_row, report=report)
 
 
 def _sample(row: Row) -> Sample:
