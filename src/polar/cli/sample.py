@@ -93,6 +93,8 @@ def sample(
         open_engine = engines.open_engine
         for policy in plan.pool.policies:
             check(policy)
+        if transformers := sys.modules.get("transformers"):  # imported by now where a policy needs it
+            transformers.utils.logging.disable_progress_bar()
     else:
         open_engine = cluster.open_on_cluster
         cluster.connect(ray)
