@@ -226,3 +226,10 @@ def test_a_ten_megabyte_output_is_cut_and_reported(
     result = json.loads(capsys.readouterr().out)
     assert result["cut_output"] > 1_000_000
     assert result["tokens"] <= 512
+
+
+@pytest.mark.parametrize("words", [["corpus"], ["corpus", "--help"]])
+def test_the_first_word_of_several_commands_lists_them(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    output = capsys.readouterr().out
+    assert all(f"corpus {name}" in output for name in ("prompts", "clean", "report"))

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from polar.cli.main import main
 from polar.cli.scaling import read_sweep
 from polar.errors import InputError
 from polar.training.scaling import Point, fit, frontier, largest_budgets, parameters_of, plot, summary
@@ -106,3 +107,30 @@ def test_a_wrong_recipe_is_one_line(tmp_path: Path, content: str, message: str) 
     (tmp_path / "recipe.yaml").write_text(content)
     with pytest.raises(InputError, match=message):
         read_sweep(str(tmp_path / "recipe.yaml"))
+
+
+def test_a_sweep_trains_every_size_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "triples.jsonl"
+    rows = [
+        {"prompt": f"{n}?", "reference": "fox dog", "positive": "dog fox", "negative": f"{n} {n}"} for n in range(24)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shape = "vocab_size: 300, num_heads: 2, num_layers: 1, max_positions: 256"
+    sizes = [f"  s{size}: {{hidden_size: {size}, intermediate_size: {size}, {shape}}}" for size in (8, 16, 32)]
+    recipe = tmp_path / "sizes.yaml"
+    recipe.write_text(
+        f"base: {{data: [{data}], eval_data: [{data}], max_steps: 6, eval_steps: 2, max_length: 256, "
+        "max_response_length: 64, learning_rate: 0.001}\nsizes:\n" + "\n".join(sizes)
+    )
+    assert main(["scaling", str(recipe), "--output", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "scaling.json").read_text())
+    assert len(found["points"]) == 9
+    assert [found["points"][i]["name"] for i in (0, 3, 6)] == ["s8", "s16", "s32"]
+    tokens = [point["tokens"] for point in found["points"][:3]]
+    assert tokens == pytest.approx([tokens[0], 2 * tokens[0], 3 * tokens[0]])
+    assert (tmp_path / "out" / "scaling.svg").exists()
+    before = (tmp_path / "out" / "s8" / "model.safetensors").stat().st_mtime_ns
+    (tmp_path / "out" / "s32" / "points.json").unlink()  # killed between the model and its points
+    assert main(["scaling", str(recipe), "--output", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "scaling.json").read_text()) == found
+    assert (tmp_path / "out" / "s8" / "model.safetensors").stat().st_mtime_ns == before

@@ -201,7 +201,20 @@ def test_a_run_goes_on_with_its_own_settings_and_data_only(triples: str, tmp_pat
         file.write("\n")
     with pytest.raises(InputError, match="had other training data"):
         pretrain(config(triples, output, **LONG))
-    assert pretrain(config(triples, output, **LONG, resume=False)).provenance["training"]["steps"]
+    # Begun again and killed before its first checkpoint: nothing of the first run is taken for it.
+    with pytest.raises(CrashError):
+        pretrain_until(2, crash, config(triples, output, **LONG, resume=False))
+    again, fresh = (pretrain(config(triples, directory, **LONG)) for directory in (output, tmp_path / "fresh"))
+    assert_same_weights(again, fresh)
+
+
+def test_a_run_may_go_on_with_other_held_out_data(triples: str, tmp_path: Path) -> None:
+    other = Path(triples).with_name("other.jsonl")
+    other.write_text("".join(Path(triples).read_text().splitlines(keepends=True)[:7]))
+    with pytest.raises(CrashError):
+        pretrain_until(10, crash, config(triples, tmp_path / "out", **LONG, eval_data=[triples]))
+    trained = pretrain(config(triples, tmp_path / "out", **LONG, eval_data=[str(other)]))
+    assert "eval_loss" in trained.provenance["training"]["metrics"]
 
 
 def test_a_finished_output_is_not_overwritten(triples: str, checkpoint: Path) -> None:

@@ -53,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     count = 2 if " ".join(words[:2]) in COMMANDS else 1
     name = " ".join(words[:count])
+    if words[1:] in ([], ["-h"], ["--help"]) and any(command.startswith(f"{name} ") for command in COMMANDS):
+        sys.stdout.write(_overview())  # the first word of several commands
+        return 0
     if name not in COMMANDS:
         return _refuse(f"unknown command {' '.join(words[:2])!r}; expected one of: {', '.join(COMMANDS)}")
     try:

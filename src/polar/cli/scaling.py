@@ -25,7 +25,7 @@ def scaling(recipe: str, /, *, output: str) -> None:
     many there are. A sweep that was stopped goes on with the model it was at.
 
     Examples:
-      polar scaling recipes/scaling/oasst.yaml --output scaling
+      polar scaling sizes.yaml --output scaling
 
     Args:
         recipe: YAML file.

@@ -74,7 +74,8 @@ class TrainConfig:
     eval_steps: int = 500
     """Steps between evaluations, when eval_data is given."""
     resume: bool = True
-    """Go on from the newest whole checkpoint of this output directory, if there is one."""
+    """Go on from the newest whole checkpoint of this output directory, if there is one; --no-resume removes what an
+    unfinished run left there and begins again."""
     report_to: list[str] = field(default_factory=list)
     """Trackers, for example tensorboard or wandb (extra: polar-rm[train])."""
     on_bad_row: Literal["error", "skip"] = "error"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -208,14 +209,14 @@ def _train(
     checkpoint = _begin(config, run)
     settings = _encoding(start)
 
-    def examples(name: str, paths: list[str]) -> ExampleStore:
+    def examples(name: str, paths: list[str], *, keep: bool) -> ExampleStore:
         file, fingerprint = run / name, fingerprint_of(paths, settings)
         with PartialState().main_process_first():  # the others find its file
-            found = open_examples(file, fingerprint) if checkpoint or not PartialState().is_main_process else None
+            found = open_examples(file, fingerprint) if keep or not PartialState().is_main_process else None
             return found or write_examples(file, read_examples(paths), fingerprint)
 
-    training = examples("examples.arrow", config.data)
-    held_out = examples("held-out.arrow", config.eval_data) if config.eval_data else None
+    training = examples("examples.arrow", config.data, keep=checkpoint is not None)
+    held_out = examples("held-out.arrow", config.eval_data, keep=False) if config.eval_data else None
     start.model.to(torch.float32)  # type: ignore[arg-type]  # master weights
     objective = config.objective()
     stream = _stream(config, training)
@@ -257,7 +258,9 @@ def _train(
 def _begin(config: TrainConfig, run: Path) -> Path | None:
     """Make the directory of a run, or find the checkpoint from which the run in it goes on."""
     with PartialState().main_process_first():
-        checkpoint = newest_complete(run) if config.resume and run.is_dir() else None
+        if not config.resume:  # its checkpoints would be taken for those of the new run
+            shutil.rmtree(run, ignore_errors=True)
+        checkpoint = newest_complete(run)
         saved = run / "config.yaml"
         if checkpoint is not None:
             before, now = yaml.safe_load(saved.read_text("utf-8")), asdict(config)
