@@ -39,6 +39,7 @@ ROOMS = [  # from the bottom up; a module never imports from a room above its ow
     ["serving"],
     ["training"],
     ["evaluation"],
+    ["rft"],
     ["cli"],
 ]
 

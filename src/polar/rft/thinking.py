@@ -1,0 +1,65 @@
+"""Thinking is not the answer: what a reasoning model writes between <think> and </think> is taken out before scoring.
+
+The same rules hold for the candidate and for the reference, so that answers are compared with answers:
+
+| text | answer |
+|---|---|
+| no tag | the text, unchanged |
+| no tag, but the chat template has opened the block in the prompt (`opened`) | none: "" |
+| `<think>a</think>b` | `b` |
+| `a</think>b` (the block was opened in the prompt) | `b` |
+| `<think>a` or `b<think>a` (never closed: the thinking used up all the tokens) | none: "" |
+| `a<think>b</think>c<think>d</think>e` (several blocks) | `ace`: all that stands outside of them |
+| `<think>a</think>` (nothing behind it) | none: "" |
+| `<think>a<think>b</think>c` (opened twice) | `c`: blocks do not nest |
+| `<thinking>`, `<THINK>`, `[THINK]` and other tags | part of the text, unless they are given as `tags` |
+
+Where a tag was found, white space around the answer goes too. A text without an answer is scored as the empty string,
+which is far from every reference: the raw chain never reaches the reward, or policies would learn to think without end.
+"""
+
+from __future__ import annotations
+
+import re
+
+from polar.records import Message, Text
+
+Tags = tuple[str, str]
+"""What opens and what closes a block."""
+THINK: Tags = ("<think>", "</think>")
+"""DeepSeek-R1, Qwen3 and most others."""
+
+
+def strip_thinking(text: Text, *, opened: bool = False, tags: Tags = THINK) -> Text:
+    """The answer in a text, "" if it has none, by the rules of the table above.
+
+    Args:
+        text: A string, or messages; of those the ones of the assistant are stripped, each on its own.
+        opened: The prompt ends with an open block (`opens_thinking`), so that a text that closes none has no answer.
+        tags: What opens and what closes a block.
+    """
+    if isinstance(text, str):
+        return _answer(text, opened, tags)
+    return tuple(
+        Message(message.role, _answer(message.content, opened, tags)) if message.role == "assistant" else message
+        for message in text
+    )
+
+
+def opens_thinking(prompt: str, tags: Tags = THINK) -> bool:
+    """Whether a prompt, as the chat template has rendered it, ends with an open block."""
+    return prompt.rstrip().endswith(tags[0])
+
+
+def _answer(text: str, opened: bool, tags: Tags) -> str:
+    opening, closing = tags
+    before, *pieces = re.split(f"({re.escape(opening)}|{re.escape(closing)})", text)
+    inside, answer = opened, "" if opened else before
+    for tag, piece in zip(pieces[::2], pieces[1::2], strict=True):
+        if tag == closing and not inside:
+            answer = ""  # the block was opened in the prompt, so that all of this was thinking
+        inside = tag == opening
+        answer += "" if inside else piece
+    if inside:
+        return ""
+    return answer.strip() if pieces else answer
