@@ -33,7 +33,7 @@ MODULES = sorted(module.name for module in pkgutil.walk_packages(polar.__path__,
 EXTRAS = ["datasets", "peft", "tensorboard", "trl", "ray", "fastapi", "uvicorn", "sentencepiece", "hypothesis"]
 ROOMS = [  # from the bottom up; a module never imports from a room above its own
     ["errors", "records"],
-    ["fields", "formats", "sources", "reading", "writing", "template", "wire", "baselines", "metrics"],
+    ["references", "fields", "formats", "sources", "reading", "writing", "template", "wire", "baselines", "metrics"],
     ["client"],
     ["corpus", "model"],
     ["serving"],

@@ -20,6 +20,7 @@ from polar.reading import (
     ReadReport,
     read_comparisons,
     read_groups,
+    read_groups_by_reference,
     read_preferences,
     read_trajectories,
     read_triples,
@@ -749,3 +750,23 @@ def test_one_output_of_ten_megabytes(tmp_path, name):
         tmp_path / name, [{**COMPARISON, "output": output}] if name == "a.json" else {**COMPARISON, "output": output}
     )
     assert next(read_comparisons(data)).output == output
+
+
+def test_groups_by_reference(tmp_path) -> None:
+    found = [
+        {"id": 1, "prompt": "p", "references": ["a", "b"], "candidates": ["c", "d"], "wrapper": "pretrain"},
+        {"prompt": "p", "reference": "a", "output": "c"},
+    ]
+    path = save(tmp_path / "groups.jsonl", *found)
+    assert list(read_groups_by_reference(path)) == [
+        (Group("p", "a", ("c", "d"), 1, "pretrain"), Group("p", "b", ("c", "d"), 1, "pretrain")),
+        (Group("p", "a", ("c",)),),
+    ]
+    for change, words in (
+        ({"reference": "a"}, "both"),
+        ({"references": []}, "1 or more"),
+        ({"references": "a"}, "list"),
+    ):
+        message = message_of(read_groups_by_reference(save(path, found[0] | change)))
+        assert "references" in message
+        assert words in message

@@ -40,6 +40,7 @@ from polar.fields import (
     texts_at,
 )
 from polar.records import Comparison, Group, Message, Preference, Text, Trajectory, Triple, Wrapper, text_of
+from polar.references import groups_of
 
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 WINNERS = ("winner_model_a", "winner_model_b", "winner_tie")
@@ -62,10 +63,20 @@ def comparison(row: Row, reference_column: str | None) -> tuple[str, list[Compar
 
 def group(row: Row, reference_column: str | None) -> tuple[str, list[Group]]:
     """Read a row with prompt, reference, candidates [, id, wrapper]; a comparison is a group of one."""
-    single = not row.has("candidates")
-    candidates = (text_at(row, "output"),) if single else texts_at(row, "candidates", at_least=1)
-    prompt, reference = text_at(row, "prompt"), _reference(row, reference_column)
-    return "comparison" if single else "group", [Group(prompt, reference, candidates, _id(row), wrapper_of(row))]
+    prompt, reference, candidates = text_at(row, "prompt"), _reference(row, reference_column), _candidates(row)
+    name = "group" if row.has("candidates") else "comparison"
+    return name, [Group(prompt, reference, candidates, _id(row), wrapper_of(row))]
+
+
+def groups(row: Row) -> tuple[str, list[tuple[Group, ...]]]:
+    """Read the same with reference or references, a list: one group per reference, all of one row together."""
+    if not row.has("references"):
+        name, (one,) = group(row, None)
+        return name, [(one,)]
+    if row.has("reference"):
+        raise row.error("references", "either reference or references", "both")
+    prompt, references = text_at(row, "prompt"), texts_at(row, "references", at_least=1)
+    return "several references", [groups_of(prompt, references, _candidates(row), _id(row), wrapper_of(row))]
 
 
 def triple(row: Row) -> tuple[str, list[Triple]]:
@@ -132,6 +143,10 @@ def _reference(row: Row, reference_column: str | None) -> Text:
         option = "POLAR scores against a reference: name the column that holds it with reference_column"
         raise InputError(f"{row.wrong('reference', TEXT)}; {option}")
     return text_at(row, reference_column or "reference")
+
+
+def _candidates(row: Row) -> tuple[Text, ...]:
+    return texts_at(row, "candidates", at_least=1) if row.has("candidates") else (text_at(row, "output"),)
 
 
 def wrapper_of(row: Row) -> Wrapper:

@@ -30,6 +30,7 @@ __all__ = [
     "convert_rows",
     "read_comparisons",
     "read_groups",
+    "read_groups_by_reference",
     "read_preferences",
     "read_trajectories",
     "read_triples",
@@ -88,6 +89,13 @@ def read_groups(
 ) -> Iterator[Group]:
     """Candidates that share prompt and reference, one group per row (`formats.group`)."""
     return _read(path, lambda row: formats.group(row, reference_column), on_bad_row, report)
+
+
+def read_groups_by_reference(
+    path: str | Path, *, on_bad_row: OnBadRow = "error", report: ReadReport | None = None
+) -> Iterator[tuple[Group, ...]]:
+    """Candidates with one reference or several: for each row a group per reference (`formats.groups`)."""
+    return _read(path, formats.groups, on_bad_row, report)
 
 
 def read_triples(

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from polar.cli.main import COMMANDS, main
+from polar.references import Aggregate, aggregated
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
@@ -90,6 +91,30 @@ def test_candidates_rows_give_one_result_per_candidate(
     assert [(line["id"], line["candidate"]) for line in lines] == [(7, 0), (7, 1), (7, 2)]
 
 
+@pytest.mark.parametrize("how", ["max", "mean", "softmax"])
+def test_several_references_become_one_reward(
+    how: Aggregate, tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = {"prompt": "p", "candidates": ["a", "b"]}
+    texts = ["r", "another reference"]
+    rows = [{**shared, "id": "several", "references": texts}, *({**shared, "reference": text} for text in texts)]
+    words = ["--model", str(checkpoint), "--scale", "probability", "--aggregate", how, "--explain"]
+    assert main(["score", write(tmp_path / "in.jsonl", rows), *words]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    several, first, second = lines[:2], lines[2:4], lines[4:]
+    single = [[line["reward"] for line in lines] for lines in (first, second)]
+    assert [line["reward"] for line in several] == pytest.approx(aggregated(single, how), abs=1e-6)
+    by_candidate = list(zip(*single, strict=True))
+    assert [line["by_reference"] for line in several] == [pytest.approx(each, abs=1e-6) for each in by_candidate]
+    tokens = [[line["tokens"] for line in lines] for lines in (several, first, second)]
+    assert tokens[0] == [a + b for a, b in zip(*tokens[1:], strict=True)]
+    flags = [word for text in texts for word in ("--reference", text)]
+    assert main(["score", "--prompt", "p", *flags, "--output", "a", "--output", "b", *words]) == 0
+    assert [json.loads(line)["reward"] for line in capsys.readouterr().out.splitlines()] == pytest.approx(
+        [line["reward"] for line in several], abs=1e-6
+    )
+
+
 def test_a_broken_row_stops_or_is_skipped_and_counted(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +158,7 @@ def test_bad_files(
         (["score", "--nope", "x"], "unknown flag --nope"),
         (["score", "a.jsonl", "--prompt", "p"], "not both"),
         (["score", "a.jsonl", "--on-bad-row", "ignore"], "on-bad-row"),
+        (["score", "a.jsonl", "--aggregate", "min"], "aggregate"),
         (["score", "--batch-tokens", "many"], "batch-tokens"),
         (["score", "--prompt", "p", "--reference", "r", "--output", "o", "--model", "no/such"], "no/such"),
         (["score", "--prompt", "p", "--reference", "r", "--output", "o", "--device", "tpu"], "tpu"),

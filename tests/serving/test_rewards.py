@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from polar import Group, Message, RewardModel
 from polar.errors import InputError
+from polar.references import Aggregate, aggregated
 from polar.serving.checkpoint import Calibration, load_checkpoint
 from tests.serving.serving import CPU, nano, post, service
 
@@ -68,14 +69,13 @@ def test_messages_are_joined_as_in_training_and_a_string_is_never_read_as_json()
     assert answer["rewards"] == pytest.approx(expected, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("aggregate", ["max", "mean"])
+@pytest.mark.parametrize("aggregate", ["max", "mean", "softmax"])
 @pytest.mark.parametrize("output", ["raw", "probability"])
-def test_several_references_are_aggregated_per_candidate(aggregate: str, output: str) -> None:
+def test_several_references_are_aggregated_per_candidate(aggregate: Aggregate, output: str) -> None:
     references = ["It is 4.", "Four, of course."]
     single = [rewards(reference=reference, output=output) for reference in references]
     joint = rewards(reference=None, references=references, output=output, aggregate=aggregate)
-    expected = [max(pair) if aggregate == "max" else sum(pair) / 2 for pair in zip(*single, strict=True)]
-    assert joint == pytest.approx(expected, abs=TOLERANCE)
+    assert joint == pytest.approx(aggregated(single, aggregate), abs=TOLERANCE)
 
 
 def test_a_probability_is_that_of_being_preferred_to_the_reference() -> None:
@@ -121,7 +121,7 @@ def test_a_calibration_that_is_none_is_refused_when_it_is_loaded(value: object, 
         ({"references": ["a"]}, "reference", "found both"),
         ({"reference": None, "references": ["a", 1]}, "references[1]", "found the number 1"),
         ({"refrences": ["a"]}, "refrences", "Extra inputs are not permitted"),
-        ({"aggregate": "min"}, "aggregate", "'max' or 'mean'"),
+        ({"aggregate": "min"}, "aggregate", "'max', 'mean' or 'softmax'"),
         ({"output": "sigmoid"}, "output", "'raw', 'probability' or 'zscore'"),
         ({"id": "x" * 257}, "id", "at most 256"),
         ({"id": "\ud800"}, "id", "unicode"),

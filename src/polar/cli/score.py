@@ -16,9 +16,10 @@ from rich.text import Text as Cell
 from polar.errors import InputError
 from polar.model.calibration import Scale, scaling, with_reference
 from polar.model.reward_model import BUNDLED_NAME, RewardModel
-from polar.reading import ReadReport, read_groups
+from polar.reading import ReadReport, read_groups_by_reference
 from polar.records import Group, text_of
-from polar.template import Compat
+from polar.references import Aggregate, aggregated, groups_of
+from polar.template import Compat, EncodedGroup
 from polar.writing import open_writer
 
 WINDOW = 256
@@ -33,11 +34,12 @@ def score(
     /,
     *,
     prompt: Annotated[str | None, Verbatim] = None,
-    reference: Annotated[str | None, Verbatim] = None,
+    reference: Annotated[Sequence[str], Verbatim] = (),
     output: Annotated[Sequence[str], Verbatim] = (),
     to: str | None = None,
     model: str = BUNDLED_NAME,
     scale: Scale = "raw",
+    aggregate: Aggregate = "max",
     explain: bool = False,
     on_bad_row: Literal["error", "skip"] = "error",
     device: str | None = None,
@@ -50,8 +52,9 @@ def score(
     """Score outputs against references: the higher the reward, the closer the output is to the reference.
 
     Rows are {"prompt", "reference", "output"} or {"prompt", "reference", "candidates": [...]}, with an optional "id";
-    texts are strings or lists of chat messages. Ids and order are kept. Without --to a terminal gets a table, a pipe
-    gets JSONL.
+    "references": [...] in place of "reference" scores against each and takes the highest reward (--aggregate). Texts
+    are strings or lists of chat messages. Ids and order are kept. Without --to a terminal gets a table, a pipe gets
+    JSONL.
 
     Examples:
       polar score --prompt "Capital of China?" --reference Beijing. --output "It is Beijing." --output Shanghai.
@@ -62,14 +65,17 @@ def score(
     Args:
         inputs: Files (JSONL, also .gz and .zst, or Parquet), directories, or - for stdin.
         prompt: Prompt of a single group given by flags.
-        reference: Reference of that group.
+        reference: Reference of that group; repeat the flag for several.
         output: An output of that group; repeat the flag for several candidates.
         to: File for the results (.jsonl, .jsonl.gz, .jsonl.zst or .parquet; - for JSONL on stdout).
         model: Checkpoint directory, hub name, or polar-nano for the bundled model.
         scale: "zscore" is (reward - mean) / std of the checkpoint's calibration (polar calibrate). "probability" is
             that of being preferred to the reference itself by the Bradley-Terry model, at the calibrated temperature or
             at 1 without one.
-        explain: Add how many tokens were read, and how many were cut from prompt, reference and output.
+        aggregate: What becomes of the rewards of one output against several references: "max", "mean", or "softmax",
+            the mean weighted by exp(reward).
+        explain: Add how many tokens were read, how many were cut from prompt, reference and output (over all
+            references), and the rewards by reference.
         on_bad_row: "skip" leaves unreadable rows out and says how many.
         device: Torch device (default: a GPU if there is one).
         dtype: float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on a CPU).
@@ -87,7 +93,7 @@ def score(
     reward_model = RewardModel.load(model, device=device, dtype=dtype, compat=compat)
     reward_model.template = reward_model.template.with_lengths(max_length, max_response_length)
     with progress_bar() as progress:
-        rows = _score(reward_model, groups, scale, explain, batch_tokens, progress)
+        rows = _score(reward_model, groups, scale, aggregate, explain, batch_tokens, progress)
         if to is None and sys.stdout.isatty():
             table = _table(rows, explain)
         else:
@@ -107,31 +113,32 @@ def _groups(
     reports: Sequence[ReadReport],
     on_bad_row: Literal["error", "skip"],
     prompt: str | None,
-    reference: str | None,
+    references: Sequence[str],
     outputs: Sequence[str],
-) -> Iterator[Group]:
+) -> Iterator[tuple[Group, ...]]:
+    """One group per reference for every row."""
     if unknown := [word for word in inputs if word.startswith("-") and word != "-"]:
         raise InputError(f"unknown flag {unknown[0]} (see polar score --help)")
-    by_flags = {"--prompt": prompt is not None, "--reference": reference is not None, "--output": bool(outputs)}
+    by_flags = {"--prompt": prompt is not None, "--reference": bool(references), "--output": bool(outputs)}
     if inputs and any(by_flags.values()):
         raise InputError("give either input files or --prompt, --reference and --output, not both")
     if inputs:
         return (
-            group
+            several
             for path, report in zip(inputs, reports, strict=True)
-            for group in read_groups(path, on_bad_row=on_bad_row, report=report)
+            for several in read_groups_by_reference(path, on_bad_row=on_bad_row, report=report)
         )
     if missing := [flag for flag, given in by_flags.items() if not given]:
         raise InputError(f"nothing to score: {', '.join(missing)} missing (or name an input file, or - for stdin)")
     assert prompt is not None
-    assert reference is not None
-    return iter([Group(prompt, reference, tuple(outputs))])
+    return iter([groups_of(prompt, references, tuple(outputs))])
 
 
 def _score(
     model: RewardModel,
-    groups: Iterator[Group],
+    groups: Iterator[tuple[Group, ...]],
     scale: Scale,
+    aggregate: Aggregate,
     explain: bool,
     batch_tokens: int | None,
     progress: Progress,
@@ -140,22 +147,35 @@ def _score(
     in_scale = scaling(scale, model.calibration)
     task = progress.add_task("scoring", total=None)
     while window := list(islice(groups, WINDOW)):
-        asked = map(with_reference, window) if scale == "probability" else window
+        asked = [with_reference(group) if scale == "probability" else group for row in window for group in row]
         encoded = [model.template.encode_group(group) for group in asked]
         scored = model.score_encoded(
             encoded, batch_tokens=batch_tokens, progress=lambda count: progress.advance(task, count)
         )
-        for group, one, rewards in zip(window, encoded, scored, strict=True):
-            for number, reward in enumerate(in_scale(rewards)):
+        results = iter(zip(encoded, map(in_scale, scored), strict=True))
+        for several in window:
+            inputs, rewards = zip(*islice(results, len(several)), strict=True)
+            group = several[0]
+            for number, reward in enumerate(aggregated(rewards, aggregate)):
                 row: dict[str, Any] = {} if group.id is None else {"id": group.id}
                 if len(group.candidates) > 1:
                     row["candidate"] = number
                 row["reward"] = reward
                 if explain:
-                    cut = one.truncations[number]
-                    row["tokens"] = len(one.prefix) + len(one.branches[number])
-                    row |= {"cut_prompt": cut.prompt, "cut_reference": cut.reference, "cut_output": cut.output}
+                    row |= _explained(number, inputs, rewards)
                 yield group, row
+
+
+def _explained(number: int, inputs: Sequence[EncodedGroup], rewards: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """What was read and cut of a candidate, over all references, and its reward against each."""
+    cuts = [one.truncations[number] for one in inputs]
+    return {
+        "tokens": sum(len(one.prefix) + len(one.branches[number]) for one in inputs),
+        "cut_prompt": sum(cut.prompt for cut in cuts),
+        "cut_reference": sum(cut.reference for cut in cuts),
+        "cut_output": sum(cut.output for cut in cuts),
+        "by_reference": [each[number] for each in rewards],
+    }
 
 
 def progress_bar() -> Progress:

@@ -24,6 +24,7 @@ from pydantic import (
 
 from polar.fields import Row, as_string, as_text, describe
 from polar.records import Text, Wrapper
+from polar.references import Aggregate
 from polar.serving.checkpoint import Inputs
 
 MOST_INPUTS = 8192
@@ -168,7 +169,11 @@ class RewardsRequest(BaseModel):
     reference: OptionalText = None
     references: OptionalTexts = None
     candidates: Texts
-    aggregate: Literal["max", "mean"] = Field("max", description="What becomes of a candidate's several references.")
+    aggregate: Aggregate = Field(
+        "max",
+        description="What becomes of a candidate's rewards against several references. softmax: their mean weighted by "
+        "exp(reward), between mean and max.",
+    )
     output: Literal["raw", "probability", "zscore"] = Field(
         "raw",
         description="raw: the reward. probability: that the candidate would be preferred to the reference itself by "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Sequence
 from uuid import uuid4
@@ -12,7 +11,7 @@ from pydantic import BaseModel
 
 from polar.errors import InputError
 from polar.model.calibration import scaling, with_reference
-from polar.records import Group
+from polar.references import aggregated, groups_of
 from polar.serving.checkpoint import Checkpoint
 from polar.serving.protocols import RewardsRequest
 from polar.serving.refusal import RefusalError
@@ -71,10 +70,7 @@ async def score_candidates(service: Service, request: RewardsRequest) -> dict[st
     count = len(request.candidates) + with_it
 
     def encode() -> list[EncodedGroup]:
-        groups = [
-            Group(request.prompt, reference, request.candidates, wrapper=request.wrapper)
-            for reference in request.all_references
-        ]
+        groups = groups_of(request.prompt, request.all_references, request.candidates, wrapper=request.wrapper)
         return [checkpoint.template.encode_group(with_reference(one) if with_it else one) for one in groups]
 
     async with service.admit(count * len(request.all_references)) as checkpoint:
@@ -89,15 +85,13 @@ def _answer(
     service: Service, request: RewardsRequest, groups: Sequence[EncodedGroup], values: Sequence[Sequence[float]]
 ) -> dict[str, object]:
     candidates = []
-    for index in range(len(request.candidates)):
+    for index, reward in enumerate(aggregated(values, request.aggregate)):
         details = []
         for group, row in zip(groups, values, strict=True):
             cut = group.truncations[index]
             truncation = {"prompt": cut.prompt, "reference": cut.reference, "candidate": cut.output}
             tokens = len(group.prefix) + len(group.branches[index])
             details.append({"reward": row[index], "tokens": tokens, "truncation": truncation})
-        own = [row[index] for row in values]
-        reward = max(own) if request.aggregate == "max" else math.fsum(own) / len(own)
         candidates.append({"index": index, "reward": reward, "references": details})
     tokens = sum(len(group.prefix) + len(branch) for group in groups for branch in group.branches)
     return {
