@@ -123,14 +123,18 @@ def tree_attention(
         raise InputError(
             f"{type(module).__name__}: attention with {', '.join(unknown)} is not supported on this device"
         )
+    # Split and not sliced: the gradient of a slice is as long as the row, and there are as many as segments.
+    table = attention_mask[0, 0].tolist()
+    lengths = [end - start for *_, start, end in table]
+    queries, keys, values = (part.split(lengths, dim=2) for part in (query_1HTD, key_1HTD, value_1HTD))
+    segment_at = {start: number for number, (*_, start, _) in enumerate(table)}
     outputs = []
-    for first, last, start, end in attention_mask[0, 0].tolist():
-        query, own_key, own_value = (part[:, :, start:end] for part in (query_1HTD, key_1HTD, value_1HTD))
+    for (first, last, start, end), query, own_key, own_value in zip(table, queries, keys, values, strict=True):
         if first == last:
             outputs.append(_attend(query, own_key, own_value, None, dropout, scaling))
             continue
-        key = torch.cat([key_1HTD[:, :, first:last], own_key], dim=2)
-        value = torch.cat([value_1HTD[:, :, first:last], own_value], dim=2)
+        prefix = segment_at[first]
+        key, value = (torch.cat([keys[prefix], own_key], dim=2), torch.cat([values[prefix], own_value], dim=2))
         for begin in range(0, end - start, QUERY_BLOCK):
             stop = min(begin + QUERY_BLOCK, end - start)
             block, seen = query[:, :, begin:stop], last - first + stop
