@@ -126,7 +126,7 @@ def tree_attention(
     # Split and not sliced: the gradient of a slice is as long as the row, and there are as many as segments.
     table = attention_mask[0, 0].tolist()
     lengths = [end - start for *_, start, end in table]
-    queries, keys, values = (part.split(lengths, dim=2) for part in (query_1HTD, key_1HTD, value_1HTD))
+    queries, keys, values = (torch.split(part, lengths, dim=2) for part in (query_1HTD, key_1HTD, value_1HTD))
     segment_at = {start: number for number, (*_, start, _) in enumerate(table)}
     outputs = []
     for (first, last, start, end), query, own_key, own_value in zip(table, queries, keys, values, strict=True):
