@@ -162,16 +162,22 @@ class Template:
         )
         return Template(self.tokenizer, settings, self.compat)
 
-    def encode(self, comparison: Comparison) -> EncodedGroup:
-        """Encode one comparison: a group of one candidate."""
+    def encode(self, comparison: Comparison, *, one_of_many: bool = False) -> EncodedGroup:
+        """Encode one comparison: a group of one candidate. See `encode_group`."""
         return self.encode_group(
             Group(
                 comparison.prompt, comparison.reference, (comparison.output,), comparison.id, wrapper=comparison.wrapper
-            )
+            ),
+            one_of_many=one_of_many,
         )
 
-    def encode_group(self, group: Group) -> EncodedGroup:
+    def encode_group(self, group: Group, *, one_of_many: bool = False) -> EncodedGroup:
         """Encode a group of candidates under one truncation budget.
+
+        Args:
+            group: Prompt, reference and candidates.
+            one_of_many: The other candidates of this prompt are encoded elsewhere: leave the room of the longest
+                possible one, so that all of them see the same prompt, though it may be cut more than it had to be.
 
         Raises:
             InputError: a text holds lone surrogates (it is not valid Unicode).
@@ -185,7 +191,7 @@ class Template:
         )
         limit = settings.max_response_length
         kept_reference, kept_candidates = reference[:limit], [ids[:limit] for ids in candidates]
-        longest = max(map(len, kept_candidates), default=0)
+        longest = limit if one_of_many else max(map(len, kept_candidates), default=0)
         budget = (settings.max_length - settings.num_special - len(kept_reference) - longest) // 2
         # Not prompt[-budget:], which would keep everything when the budget is 0.
         kept_prompt = prompt[max(0, len(prompt) - budget) :]

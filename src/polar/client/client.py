@@ -73,7 +73,7 @@ class AsyncRewardModelClient:
         limits: Limits | None = None,
         probe: bool = True,
     ) -> None:
-        directory = _directory(path)
+        directory = served_directory(path)
         self.template = Template.load(directory, compat).with_lengths(max_length, max_response_length)
         self.limits = limits or Limits()
         self._probes = read_probes(directory) if probe else []
@@ -153,12 +153,15 @@ class AsyncRewardModelClient:
     async def score_one(self, comparison: Comparison) -> float:
         """The reward of one comparison; calls at the same time share their requests.
 
+        A prompt that is too long is cut as for the longest possible output, so that the outputs of one prompt, which
+        come one by one here, all see the same of it.
+
         Raises:
             InputError: a text is not valid Unicode.
             RewardError: it failed.
             EngineError: a server does not give this checkpoint's rewards.
         """
-        (ids,) = self.template.encode(comparison).sequences()
+        (ids,) = self.template.encode(comparison, one_of_many=True).sequences()
         return _complete([await self._gatherer.add(ids)])[0]
 
     def _encode(self, groups: Sequence[Group]) -> list[list[int] | str]:
@@ -241,7 +244,12 @@ class AsyncRewardModelClient:
             return
 
 
-def _directory(path: str | Path) -> Path:
+def served_directory(path: str | Path) -> Path:
+    """The directory of the checkpoint that is served; see `AsyncRewardModelClient`.
+
+    Raises:
+        InputError: there is none.
+    """
     directory = BUNDLED_MODEL if str(path) == BUNDLED_NAME else Path(path).expanduser()
     if not directory.is_dir():
         raise InputError(

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -129,6 +130,10 @@ class RewardModelClient:
         """See `AsyncRewardModelClient.score_ids`; `progress` is called from another thread."""
         return self._run(self._client.score_ids(sequences, progress=progress))
 
+    def start_one(self, comparison: Comparison) -> Future[float]:
+        """See `AsyncRewardModelClient.score_one`; the future can be waited for in any thread or event loop."""
+        return self._start(self._client.score_one(comparison))
+
     def __call__(self, data: Item | Sequence[Item]) -> list[float]:
         """Rewards of items, in their order; of a single item a list of one.
 
@@ -192,11 +197,14 @@ class RewardModelClient:
         bos = self.template.settings.bos_token_id
         return [*([] if bos is None else [bos]), *self.template.tokenizer.encode(text, add_special_tokens=False).ids]
 
-    def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
+    def _start(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
         if not self._thread.is_alive():
             work.close()
             raise RuntimeError("the client is closed, or belongs to the process that this one was forked from")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        future = self._start(work)
         try:
             return future.result()
         except BaseException:

@@ -1,0 +1,153 @@
+"""The reward of a sample, the same in every framework: thinking out, every reference asked, one scale, never a default.
+
+Frameworks ask for one sample at a time from an event loop, from many threads, or for a batch. All of them end here. For
+every settings a process has one client on a thread of its own, in which single samples share their requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from polar.client.client import served_directory
+from polar.client.errors import RewardError
+from polar.client.servers import Limits
+from polar.client.sync import RewardModelClient
+from polar.errors import InputError
+from polar.model.calibration import read_calibration, scaling
+from polar.records import Comparison, Text, text_of
+from polar.references import aggregated
+from polar.rft.samples import Sample
+from polar.rft.settings import Settings, read_settings
+from polar.rft.thinking import strip_thinking
+from polar.template import CHECKPOINT_FILE, read_checkpoint_file
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What became of a sample."""
+
+    reward: float
+    failed: bool
+    """The reward could not be had, and this is the floor."""
+    answered: bool
+    """False: the output holds nothing but thinking, so that an empty answer was scored."""
+
+
+class Reward:
+    """Rewards of samples, by the servers and on the scale of some settings.
+
+    Raises:
+        InputError: the checkpoint or an address is unusable, or the checkpoint has no calibration for the scale.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        directory = served_directory(settings.model)
+        self._client = RewardModelClient(
+            directory,
+            server_address=settings.address,
+            server_type=settings.server_type,
+            compat=settings.compat,
+            limits=Limits(settings.concurrency, timeout=settings.timeout, deadline=settings.deadline),
+        )
+        calibration = read_checkpoint_file(directory).get("calibration")
+        self._in_scale = scaling(
+            settings.scale,
+            None if calibration is None else read_calibration(calibration, directory / CHECKPOINT_FILE),
+        )
+
+    async def score(self, sample: Sample) -> Scored:
+        """The reward of one sample, in any event loop; calls at the same time share their requests.
+
+        Raises:
+            InputError: a reference has no answer; or a server does not give this checkpoint's rewards.
+            RewardError: the reward could not be had, and the settings have no floor.
+        """
+        output, futures = self._start(sample)
+        outcomes = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+        return _complete([self._scored(sample, output, outcomes)])[0]
+
+    def score_all(self, samples: Sequence[Sample]) -> list[Scored]:
+        """The rewards of samples, in their order; this thread waits for them.
+
+        Errors as in `score`; `RewardError` keeps the rewards of the other samples.
+        """
+        started = [self._start(sample) for sample in samples]
+        return _complete(
+            [
+                self._scored(sample, output, [future.exception() or future.result() for future in futures])
+                for sample, (output, futures) in zip(samples, started, strict=True)
+            ]
+        )
+
+    def _start(self, sample: Sample) -> tuple[Text, list[Future[float]]]:
+        """The answer in a sample and its rewards by reference; for probabilities also those of the references."""
+        output: Text = sample.output
+        references = sample.references
+        if self.settings.thinking != "keep":
+            output = strip_thinking(output, opened=sample.opened or self.settings.thinking == "opened")
+            references = tuple(map(strip_thinking, references))
+        if not all(text_of(reference).strip() for reference in references):
+            raise InputError(f"{sample.place}: expected a reference with an answer, found only thinking or white space")
+        with_own = self.settings.scale == "probability"
+        return output, [
+            self._client.start_one(Comparison(sample.prompt, reference, candidate))
+            for reference in references
+            for candidate in ((output, reference) if with_own else (output,))
+        ]
+
+    def _scored(self, sample: Sample, output: Text, outcomes: Sequence[float | BaseException]) -> Scored | str:
+        """The result, or why there is none."""
+        rewards: list[float] = []
+        for outcome in outcomes:
+            if isinstance(outcome, RewardError):
+                return self._failed(sample, output, outcome.failures[0])
+            if isinstance(outcome, BaseException):
+                raise outcome
+            rewards.append(outcome)
+        each = len(rewards) // len(sample.references)
+        by_reference = [self._in_scale(rewards[i : i + each]) for i in range(0, len(rewards), each)]
+        return Scored(aggregated(by_reference, self.settings.aggregate)[0], failed=False, answered=bool(output))
+
+    def _failed(self, sample: Sample, output: Text, reason: str) -> Scored | str:
+        if self.settings.floor is None:
+            return f"{sample.place}: {reason}"
+        log.warning("%s: no reward, %g (the floor) in its place: %s", sample.place, self.settings.floor, reason)
+        return Scored(self.settings.floor, failed=True, answered=bool(output))
+
+
+def reward_for(given: Mapping[str, Any]) -> Reward:
+    """The reward by some arguments and the environment; the same one for the same settings, in any thread.
+
+    Raises:
+        InputError: see `read_settings` and `Reward`.
+    """
+    settings = read_settings(given)
+    with _opening:
+        return _reward(settings, os.getpid())
+
+
+_opening = threading.Lock()
+
+
+@lru_cache(maxsize=8)
+def _reward(settings: Settings, process: int) -> Reward:
+    """A forked process opens its own: threads are not forked with it."""
+    return Reward(settings)
+
+
+def _complete(results: Sequence[Scored | str]) -> list[Scored]:
+    failures = {number: result for number, result in enumerate(results) if isinstance(result, str)}
+    if failures:
+        raise RewardError([None if isinstance(result, str) else result.reward for result in results], failures)
+    return [result for result in results if isinstance(result, Scored)]

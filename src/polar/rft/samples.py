@@ -1,0 +1,72 @@
+"""What a framework hands to its reward function becomes a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from polar.errors import InputError
+from polar.fields import Row, as_string, text_at, texts_at
+from polar.records import Text
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One output of the policy."""
+
+    prompt: Text
+    references: tuple[Text, ...]
+    """One or more."""
+    output: str
+    place: str
+    """Names it in messages."""
+    opened: bool = False
+    """The prompt, as the policy saw it, ends with an open block of thinking."""
+
+
+def read_sample(
+    fields: Mapping[str, Any],
+    output: object,
+    *,
+    prompt: str,
+    references: tuple[str, ...],
+    source: str,
+    number: int = 0,
+    opened: bool = False,
+) -> Sample:
+    """The sample in some fields; arrays of NumPy, which Parquet readers make of lists, count as lists.
+
+    Args:
+        fields: Values by their names.
+        output: What the policy wrote.
+        prompt: The name of the prompt.
+        references: Names that may hold the reference, first come, first served; a list that is not one of messages
+            holds several references.
+        source: Where the sample is from, for messages.
+        number: Which one of that source.
+        opened: See `Sample`.
+
+    Raises:
+        InputError: there is no prompt, no reference, or a value is no text.
+    """
+    row = Row(source, number, {name: _plain(value) for name, value in fields.items()})
+    name = next((name for name in references if row.has(name)), None)
+    if name is None:
+        raise InputError(
+            f"{row.place}: expected a reference in one of {', '.join(references)}, found none: POLAR scores against one"
+        )
+    found = texts_at(row, name, at_least=1) if _several(row.fields[name]) else (text_at(row, name),)
+    return Sample(text_at(row, prompt), found, as_string(row, "output", output), row.place, opened)
+
+
+def _several(value: object) -> bool:
+    return isinstance(value, list) and not all(isinstance(item, dict) for item in value)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    return list(map(_plain, value)) if isinstance(value, list | tuple) else value
