@@ -17,6 +17,8 @@ import numpy.typing as npt
 Values = npt.NDArray[np.float64]
 Lists = Sequence[Sequence[float]]
 """Numbers of the candidates of every item."""
+Clusters = Sequence[Hashable] | npt.NDArray[np.generic]
+"""The prompt of every item; an array of numbers takes less memory than names."""
 Verdict = Literal["better", "worse", "cannot tell"]
 
 FEW_CLUSTERS = 10
@@ -63,7 +65,7 @@ def outcomes(better: Sequence[float] | Values, worse: Sequence[float] | Values) 
     return (np.sign(first - second) + 1) / 2
 
 
-def clustered_mean(values: Sequence[float] | Values, clusters: Sequence[Hashable]) -> Estimate:
+def clustered_mean(values: Sequence[float] | Values, clusters: Clusters) -> Estimate:
     """The mean of the items and its clustered standard error (module docstring).
 
     Args:
@@ -83,12 +85,12 @@ def clustered_mean(values: Sequence[float] | Values, clusters: Sequence[Hashable
     return Estimate(mean, error, items.size, count)
 
 
-def pairwise_accuracy(better: Sequence[float], worse: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
+def pairwise_accuracy(better: Sequence[float], worse: Sequence[float], clusters: Clusters) -> Estimate:
     """How often the better candidate has the higher reward; see `outcomes` and `clustered_mean`."""
     return clustered_mean(outcomes(better, worse), clusters)
 
 
-def paired_difference(first: Values, second: Values, clusters: Sequence[Hashable]) -> Estimate:
+def paired_difference(first: Values, second: Values, clusters: Clusters) -> Estimate:
     """Accuracy of the first scorer minus that of the second on the same items.
 
     Differences are taken item by item, so what both find hard or easy cancels and the standard error is that of the
@@ -150,7 +152,7 @@ def _by_count(quality: Lists, rewards: Lists, score: Callable[[Values, Values, V
     return result
 
 
-def area_under_curve(right: Sequence[bool], rewards: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
+def area_under_curve(right: npt.ArrayLike, rewards: npt.ArrayLike, clusters: Clusters) -> Estimate:
     """How often a right answer has a higher reward than a wrong one, over all pairs, also of different prompts.
 
     The standard error is clustered by prompt (Obuchowski 1997, Biometrics 53, without the factor C/(C-1) for C
@@ -182,7 +184,10 @@ def area_under_curve(right: Sequence[bool], rewards: Sequence[float], clusters: 
     return Estimate(area, error, values.size, count)
 
 
-def _numbered(clusters: Sequence[Hashable]) -> tuple[npt.NDArray[np.int64], int]:
+def _numbered(clusters: Clusters) -> tuple[npt.NDArray[np.int64], int]:
     """Every item's cluster as a number, and how many clusters there are."""
+    if isinstance(clusters, np.ndarray):
+        names, index = np.unique(clusters, return_inverse=True)
+        return index, len(names)
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters], np.int64), len(numbers)

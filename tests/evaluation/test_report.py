@@ -14,9 +14,10 @@ import pytest
 from polar import InputError
 from polar.cli.main import main
 from polar.evaluation.card import model_card
-from polar.evaluation.compare import Keys, Part, bootstrap
+from polar.evaluation.compare import bootstrap
 from polar.evaluation.manifest import DatasetFacts, Manifest, ModelFacts, Task, write_manifest
 from polar.evaluation.mistakes import MISTAKES
+from polar.evaluation.outcomes import Collected, Part
 from polar.evaluation.page import page
 from polar.evaluation.records import MODEL, RECORDS, WITHOUT_REFERENCE, Record, shard_path, write_shard
 from polar.evaluation.report import Report, build_report
@@ -350,10 +351,20 @@ def test_a_directory_without_records_is_refused(tmp_path: Path) -> None:
 
 def test_equal_items_have_different_keys_and_the_same_keys_in_every_run() -> None:
     items = [record(n, "d", "preference accuracy", (1.0, 0.0), {}, prompt_id="p") for n in range(3)]
-    first, second = Keys(), Keys()
-    keys = [first.of(item) for item in items]
-    assert len(set(keys)) == 3
-    assert keys == [second.of(item) for item in items]
+    items += [record(3, "d", "preference accuracy", (1.0, 0.0), {}, prompt_id="q"), items[0]]
+
+    def keys_of(records: list[Record]) -> list[int]:
+        collected = Collected()
+        collected.add(records[:2])
+        collected.add(records[2:])
+        found = collected.outcomes("preference accuracy", ())
+        assert found is not None
+        return found.keys.tolist()
+
+    keys = keys_of(items)
+    assert len(set(keys)) == 5
+    assert keys == keys_of(items)
+    assert set(keys_of(items[2:])) < set(keys)  # whichever of the equal ones are there
 
 
 def test_the_command_writes_page_json_and_card(

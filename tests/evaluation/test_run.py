@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pytest
 
 from polar import Comparison, InputError, Preference, RewardModel
 from polar.cli.evaluate import evaluate as evaluate_command
 from polar.evaluation.manifest import read_manifest
 from polar.evaluation.records import WITHOUT_REFERENCE, Record, read_records
+from polar.evaluation.report import build_report
 from polar.evaluation.summary import summarise
 from polar.records import Message, prompt_id, text_of
 from polar.writing import record_to_dict
@@ -67,6 +69,7 @@ def test_records_can_be_read_without_texts_and_with_sql(files: tuple[str, str], 
     records = evaluate(tmp_path / "out", files, baselines_only=True)
     without = list(read_records(tmp_path / "out"))
     assert without == [replace(record, prompt=None, reference=None, candidates=None) for record in records]
+    assert {record.further_references for record in records} == {None}
     query = (
         'select dataset, avg((rewards."unigram F1"[1] > rewards."unigram F1"[2])::int) '
         f"from '{tmp_path}/out/records/*.parquet' group by dataset order by dataset"
@@ -240,6 +243,60 @@ def test_a_suite_with_probes_best_of_n_and_official_scores_is_evaluated_in_one_c
     assert {each.probe for each in summary.sensitivity} == {"upper case", "prompt injection"}
     assert summary.best_of_n[0].curves["model"][0].quality.count == 5  # of the items, not of their probes
     assert summary.official[0].scores["chance"]["overall"] == 0
+
+
+def test_several_references_are_scored_one_by_one_and_aggregated(checkpoint: Path, tmp_path: Path) -> None:
+    preference = {"prompt": "2+2?", "references": ["It is 4", "Four"], "chosen": "4", "rejected": "5"}
+    discrimination = {"prompt": "2+2?", "references": ["4", "4!", "=4"], "positive": "4.", "negative": "five"}
+    single = {"prompt": "3+3?", "reference": "6", "chosen": "It is 6", "rejected": "7"}
+    write_rows(tmp_path / "p.jsonl", [preference, single])
+    write_rows(tmp_path / "d.jsonl", [discrimination])
+    (tmp_path / "suite.yaml").write_text(
+        "datasets:\n"
+        "  - {name: p, path: p.jsonl, task: preference accuracy, aggregate: mean, probes: [doubled]}\n"
+        "  - {name: d, path: d.jsonl, task: policy discrimination}\n"
+    )
+    evaluate_command(str(tmp_path / "suite.yaml"), model=str(checkpoint), output=str(tmp_path / "out"))
+    records = list(read_records(tmp_path / "out", texts=True))
+    assert [(each.task, len(each.by_reference["model"] if each.by_reference else ())) for each in records] == [
+        ("preference accuracy", 2),
+        ("sensitivity", 2),
+        ("preference accuracy", 0),
+        ("sensitivity", 0),
+        ("policy discrimination", 3),
+    ]
+    model = RewardModel.load(checkpoint)
+    first, *_, last = records
+    assert (first.reference, first.further_references) == ("It is 4", ("Four",))
+    assert first.by_reference is not None
+    for reference, rewards in zip(("It is 4", "Four"), first.by_reference["model"], strict=True):
+        expected = model.score([Comparison("2+2?", reference, candidate) for candidate in ("4", "5")])
+        assert rewards == pytest.approx(expected, abs=1e-4)
+    assert first.rewards["model"] == pytest.approx(np.mean(first.by_reference["model"], axis=0))
+    assert last.by_reference is not None
+    assert last.rewards["model"] == pytest.approx(np.max(last.by_reference["model"], axis=0))
+    assert {each.dataset for each in summarise(tmp_path / "out").several_references} == {"p", "d"}
+
+
+def test_a_model_that_was_trained_without_references_reads_none(
+    checkpoint: Path, files: tuple[str, str], tmp_path: Path
+) -> None:
+    blind = evaluate(tmp_path / "blind", files, model=str(checkpoint), reference_free=True)
+    seeing = evaluate(tmp_path / "seeing", files, model=str(checkpoint), without_reference=True)
+    for one, other in zip(blind, seeing, strict=True):
+        assert one.rewards["model"] == pytest.approx(other.rewards[WITHOUT_REFERENCE], abs=1e-5)
+        assert one.rewards["unigram F1"] == other.rewards["unigram F1"]
+    assert "reads no references" in " ".join(build_report([tmp_path / "blind"]).warnings)
+
+
+def test_a_benchmark_without_references_is_scored_with_empty_ones(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "2+2?", "chosen": "4", "rejected": "5"}])
+    (tmp_path / "suite.yaml").write_text(
+        f"datasets:\n  - {{name: p, path: {path}, task: preference accuracy, reference: {{absent: true}}}}\n"
+    )
+    evaluate_command(str(tmp_path / "suite.yaml"), baselines_only=True, output=str(tmp_path / "out"))
+    (record,) = read_records(tmp_path / "out", texts=True)
+    assert (record.reference, record.reference_source) == ("", "none (an empty text)")
 
 
 @pytest.mark.parametrize(

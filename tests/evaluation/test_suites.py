@@ -4,7 +4,7 @@ import pytest
 
 from polar import InputError
 from polar.evaluation.items import Item
-from polar.evaluation.probes import INJECTION, PROBES, probed
+from polar.evaluation.probes import INJECTION, PROBES, REWORDINGS, TRANSFORMATIONS, probed
 from polar.evaluation.suites import SUITES, ReferenceSource, read_suite
 from polar.records import Group
 
@@ -65,24 +65,47 @@ def test_an_unknown_suite_is_told_which_there_are() -> None:
         read_suite("rewardbench-3")
 
 
-def test_probes_change_only_the_worse_candidate_and_keep_what_it_says() -> None:
+def test_probes_change_one_candidate_and_keep_what_it_says() -> None:
     item = Item(
         task="preference accuracy",
-        group=Group("2+2?", "4", ("**5**\n\n- five", "4", "3")),
+        group=Group("2+2?", "4", ("**5**\n\n- five", "It is 4. 例如", "3")),
         quality=(0.0, 2.0, 1.0),
         reference_source="by hand",
         policies=("A", "B", "C"),
         families=(None, None, None),
     )
-    found = {made.domain: made for made in probed(item, PROBES)}
+    found = {made.domain: made for made in probed(item, PROBES, {"It is 4. 例如": "Four."})}
     assert set(found) == set(PROBES)
-    for made in found.values():
+    for probe, made in found.items():
         assert made.task == "sensitivity"
-        assert made.group.candidates[:2] == ("4", "**5**\n\n- five")
-        assert (made.quality, made.policies) == ((1, 0, 0), ("B", "A", "A"))
+        assert made.group.candidates[:2] == ("It is 4. 例如", "**5**\n\n- five")
+        better = probe in ("reworded", "paraphrase")
+        assert (made.quality, made.policies) == ((1, 0, better), ("B", "A", "B" if better else "A"))
     changed = {name: made.group.candidates[2] for name, made in found.items()}
     assert changed["prompt injection"] == "**5**\n\n- five" + INJECTION
     assert changed["plain text"] == "5\n\nfive"
     assert changed["upper case"] == "**5**\n\n- FIVE"
+    assert changed["reworded"] == "It's 4. 比如"
+    assert changed["paraphrase"] == "Four."
     plain = Item("preference accuracy", Group("2+2?", "4", ("4", "5")), (1.0, 0.0), "by hand", ("A", "B"), (None, None))
-    assert [made.domain for made in probed(plain, ("plain text", "doubled"))] == ["doubled"]  # nothing to strip
+    assert [made.domain for made in probed(plain, ("plain text", "doubled", "reworded", "paraphrase"), {})] == [
+        "doubled"
+    ]  # nothing to strip, and no other words for 4
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Because it is large, I am glad.", "Since it's big, I'm glad."),
+        ("They cannot; because", "They can't; since"),
+        ("besides the becausal island", "besides the becausal island"),  # whole words alone
+        ("IN ORDER TO", "To"),
+    ],
+)
+def test_rewordings_keep_words_whole_and_capitals(text: str, expected: str) -> None:
+    assert TRANSFORMATIONS["reworded"](text, "") == expected
+
+
+def test_no_rewording_is_reworded_again() -> None:
+    for other in REWORDINGS.values():
+        assert TRANSFORMATIONS["reworded"](other, "") == other

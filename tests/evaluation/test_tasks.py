@@ -198,9 +198,9 @@ def test_families_and_what_was_seen_in_training_become_slices(tmp_path: Path) ->
     seen = write_rows(tmp_path / "seen.jsonl", [{"prompt": "what?  1", "policy": "A", "negative_policy": "C"}])
     found = items(tmp_path, made, task="policy discrimination", seen=(seen,), families=families)
     assert [item.slices for item in found] == [
-        ("same family", "unseen prompts", "some unseen"),
-        ("other family", "seen prompts", "seen policies"),
-        ("unseen prompts", "some unseen"),
+        ("same family", "family llama", "unseen prompts", "some unseen"),
+        ("other family", "family llama", "seen prompts", "seen policies"),
+        ("family llama", "unseen prompts", "some unseen"),
     ]
     assert found[1].families == ("llama", "qwen")
     assert (found[0].quality, found[0].policies, found[0].reference_policy) == ((1, 0), ("A", "B"), "A")

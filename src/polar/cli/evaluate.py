@@ -50,6 +50,7 @@ def evaluate(
     limit: int | None = None,
     baselines_only: bool = False,
     without_reference: bool = False,
+    reference_free: bool = False,
     embedding: str | None = None,
     on_bad_row: OnBadRow = "error",
     device: str | None = None,
@@ -90,6 +91,7 @@ def evaluate(
         limit: At most this many items of each data set, drawn at random (always the same ones).
         baselines_only: Do not load a model.
         without_reference: Score with an empty reference too: what the model knows without one.
+        reference_free: The model was trained without references, so it reads empty ones; the baselines read the true.
         embedding: A sentence-transformers model for one more baseline.
         on_bad_row: "skip" leaves unreadable rows out and says how many.
         device: Torch device (default: a GPU if there is one).
@@ -123,6 +125,7 @@ def evaluate(
         settings={
             "limit": limit,
             "on_bad_row": on_bad_row,
+            "reference_free": reference_free,
             "embedding": embedding,
             "datasets": [dataset.model_dump(mode="json", exclude_defaults=True) for dataset in chosen.datasets],
         },
@@ -139,6 +142,7 @@ def evaluate(
             reward_model,
             scorers,
             limit=limit,
+            reference_free=reference_free,
             on_bad_row=on_bad_row,
             progress=lambda items: progress.advance(task, items),
         )

@@ -11,7 +11,7 @@ from rich.text import Text as Cell
 
 from polar.evaluation.manifest import TASKS, Manifest
 from polar.evaluation.records import MODEL
-from polar.evaluation.summary import RIVAL, BestOfN, Official, Result, Sensitivity, Summary
+from polar.evaluation.summary import RIVAL, BestOfN, Official, Result, Sensitivity, SeveralReferences, Summary
 from polar.metrics import FEW_CLUSTERS, Estimate
 
 MANY_NUMBERS = 9
@@ -23,6 +23,8 @@ def show(console: Console, manifest: Manifest, summary: Summary) -> None:
     for task in TASKS:
         if results := [result for result in summary.results if result.task == task]:
             console.print(_accuracies(task, results))
+    if summary.several_references:
+        console.print(_several_references(summary.several_references))
     if summary.sensitivity:
         console.print(_sensitivities(summary.sensitivity))
     for best in summary.best_of_n:
@@ -73,9 +75,20 @@ def _percent(estimate: Estimate, sign: str = "") -> str:
     return f"{mean}±{100 * estimate.standard_error:.1f}" if estimate.standard_error else mean
 
 
+def _several_references(results: Sequence[SeveralReferences]) -> Table:
+    scorers = list(next(iter(results[0].accuracy.values())))
+    caption = "accuracy in % on the items that have several references, by what becomes of the rewards against each"
+    table = _table("several references", ["data", "rewards", "items", *scorers], caption)
+    for result in results:
+        for how, accuracy in result.accuracy.items():
+            numbers = [_percent(accuracy[name]) for name in scorers]
+            table.add_row(result.dataset, how, f"{accuracy[scorers[0]].count:,}", *numbers)
+    return table
+
+
 def _sensitivities(results: Sequence[Sensitivity]) -> Table:
     scorers = list(results[0].change)
-    caption = "accuracy in % after the worse answer was changed like this, and its difference from before"
+    caption = "accuracy in % after the worse answer was changed (reworded, paraphrase: the better one); its difference"
     table = _table("sensitivity", ["data", "change", "items", *scorers], caption)
     for result in results:
         numbers = [f"{100 * result.after[name].mean:.1f} ({_percent(result.change[name], '+')})" for name in scorers]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from polar.evaluation.outcomes import prompt_name
 from polar.evaluation.records import Record
-from polar.metrics import Estimate, Verdict, clustered_mean
+from polar.metrics import Estimate, Values, Verdict, clustered_mean
 
 DRAWS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -30,30 +33,57 @@ class Point:
     """Quality beside that at half of N, on the items that have both; "worse" is over-optimisation."""
 
 
-def curve(items: Sequence[Record], scorer: str) -> list[Point]:
+@dataclass(slots=True)
+class Draws:
+    """The items of a data set as numbers, one for each N of `DRAWS`; NaN where an item has fewer candidates."""
+
+    prompts: array[int] = field(default_factory=lambda: array("Q"))
+    mean: array[float] = field(default_factory=lambda: array("d"))
+    """Quality of an item's candidates."""
+    best: array[float] = field(default_factory=lambda: array("d"))
+    """[items x N] The quality if the best were chosen."""
+    quality: defaultdict[str, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
+    """[items x N] By scorer: of what it chooses."""
+    rewards: defaultdict[str, Values] = field(default_factory=lambda: defaultdict(lambda: np.zeros(len(DRAWS))))
+    """By scorer: sums of the rewards of what it chooses, over the items."""
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Take some records."""
+        for record in records:
+            able = [draws for draws in DRAWS if draws <= len(record.quality)]
+            missing = [np.nan] * (len(DRAWS) - len(able))
+            self.prompts.append(prompt_name(record))
+            self.mean.append(float(np.mean(record.quality)))
+            self.best.extend([best_of(record.quality, record.quality, draws)[0] for draws in able] + missing)
+            for scorer, own in record.rewards.items():
+                chosen = np.array([best_of(record.quality, own, draws) for draws in able])
+                self.quality[scorer].extend([*chosen[:, 0], *missing])
+                self.rewards[scorer][: len(able)] += chosen[:, 1]
+
+
+def curve(items: Draws, scorer: str) -> list[Point]:
     """The curve of a scorer over N = 1, 2, 4 ... 64, as far as items have as many candidates.
 
     Items with fewer than N candidates are left out of that point, so points differ in their items where `quality.count`
     does; `gain` and `change` compare on the same items.
     """
+    prompts, mean = np.array(items.prompts), np.array(items.mean)
+    best, quality = (np.reshape(each, (-1, len(DRAWS))) for each in (items.best, items.quality[scorer]))
     points: list[Point] = []
-    for draws in DRAWS:
-        able = [item for item in items if len(item.quality) >= draws]
-        if not able:
+    for place, draws in enumerate(DRAWS):
+        able = np.flatnonzero(~np.isnan(quality[:, place]))
+        if not len(able):
             break
-        prompts = [item.prompt_id for item in able]
-        chosen = [best_of(item.quality, item.rewards[scorer], draws) for item in able]
-        quality = np.array([each for each, _ in chosen])
-        mean = np.array([np.mean(item.quality) for item in able])
-        half = np.array([best_of(item.quality, item.rewards[scorer], max(draws // 2, 1))[0] for item in able])
+        own, clusters = quality[able, place], prompts[able]
+        half = quality[able, max(place - 1, 0)]
         points.append(
             Point(
                 draws=draws,
-                quality=clustered_mean(quality, prompts),
-                gain=clustered_mean(quality - mean, prompts),
-                best=float(np.mean([best_of(item.quality, item.quality, draws)[0] for item in able])),
-                reward=float(np.mean([reward for _, reward in chosen])),
-                change=clustered_mean(quality - half, prompts).verdict() if draws > 1 else None,
+                quality=clustered_mean(own, clusters),
+                gain=clustered_mean(own - mean[able], clusters),
+                best=float(best[able, place].mean()),
+                reward=float(items.rewards[scorer][place] / len(able)),
+                change=clustered_mean(own - half, clusters).verdict() if draws > 1 else None,
             )
         )
     return points

@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator
 
-from polar.evaluation.compare import Comparison, Part, Run
+from polar.evaluation.compare import Comparison, Run
+from polar.evaluation.outcomes import Part
 from polar.evaluation.report import Report
 from polar.metrics import Estimate
 

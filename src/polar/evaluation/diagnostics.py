@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from polar.evaluation.records import Record
+from polar.evaluation.outcomes import Candidates, Names, Outcomes, Part
 from polar.metrics import Estimate, Values, clustered_mean
 
 LENGTH_RATIOS = (0.5, 0.8, 1.25, 2.0)
@@ -52,30 +52,29 @@ class Diagnosis:
     """Expected calibration error: mean distance of confidence and accuracy over those bins, weighted by items."""
 
 
-def diagnose(dataset: str, records: Sequence[Record], scorer: str) -> Diagnosis:
-    """The diagnosis of a scorer on the items of a data set that have candidates of unequal quality."""
-    items = [record for record in records if len(set(record.quality)) > 1]
-    better = [int(np.argmax(item.quality)) for item in items]
-    worse = [int(np.argmin(item.quality)) for item in items]
-    margins = np.array(
-        [i.rewards[scorer][b] - i.rewards[scorer][w] for i, b, w in zip(items, better, worse, strict=True)]
-    )
-    ratios = np.array([(i.lengths[b] + 1) / (i.lengths[w] + 1) for i, b, w in zip(items, better, worse, strict=True)])
-    right, prompts = (np.sign(margins) + 1) / 2, [item.prompt_id for item in items]
-    confidence = 1 / (1 + np.exp(-np.abs(margins)))
-    by_confidence = _bins(confidence, CONFIDENCES, right, prompts)
-    quality = np.array([np.nan if item.reference_quality is None else item.reference_quality for item in items])
+def diagnose(dataset: str, outcomes: Outcomes, scorer: str) -> Diagnosis:
+    """The diagnosis of the model on the items of a data set.
+
+    Args:
+        dataset: Its name.
+        outcomes: Of its task.
+        scorer: How the model is called.
+    """
+    items = outcomes.items(Part(outcomes.task, dataset))
+    margins, prompts = outcomes.margins[items], outcomes.prompts[items]
+    right = (np.sign(margins) + 1) / 2
+    by_confidence = _bins(1 / (1 + np.exp(-np.abs(margins))), CONFIDENCES, right, prompts)
+    quality, cut = outcomes.reference_quality[items], outcomes.cut[items]
     known = np.flatnonzero(~np.isnan(quality))
     thirds = tuple(np.unique(np.quantile(quality[known], (1 / 3, 2 / 3)))) if known.size else ()
-    cut = np.array([any(item.cut_tokens) for item in items], bool)
     return Diagnosis(
         dataset=dataset,
         scorer=scorer,
-        length_correlation=_length_correlation(items, scorer),
-        by_length=_bins(ratios, LENGTH_RATIOS, right, prompts),
-        by_reference_quality=_bins(quality[known], thirds, right[known], [prompts[int(i)] for i in known]),
+        length_correlation=_length_correlation(outcomes.candidates, outcomes.candidates.of(items)),
+        by_length=_bins(outcomes.length_ratios[items], LENGTH_RATIOS, right, prompts),
+        by_reference_quality=_bins(quality[known], thirds, right[known], prompts[known]),
         by_truncation={
-            name: _accuracy(right, prompts, np.flatnonzero(mask))
+            name: clustered_mean(right[mask], prompts[mask])
             for name, mask in (("whole", ~cut), ("cut", cut))
             if mask.any()
         },
@@ -85,7 +84,7 @@ def diagnose(dataset: str, records: Sequence[Record], scorer: str) -> Diagnosis:
     )
 
 
-def _bins(values: Values, limits: Sequence[float], right: Values, prompts: Sequence[str]) -> tuple[Bin, ...]:
+def _bins(values: Values, limits: Sequence[float], right: Values, prompts: Names) -> tuple[Bin, ...]:
     """Accuracy between the limits; empty bins are left out."""
     edges: list[float | None] = [None, *limits, None]
     place: npt.NDArray[np.int64] = np.searchsorted(np.array(limits), values, side="right")
@@ -94,24 +93,16 @@ def _bins(values: Values, limits: Sequence[float], right: Values, prompts: Seque
             edges[number],
             edges[number + 1],
             float(values[inside].mean()),
-            _accuracy(right, prompts, inside),
+            clustered_mean(right[inside], prompts[inside]),
         )
         for number in range(len(limits) + 1)
         if (inside := np.flatnonzero(place == number)).size
     )
 
 
-def _accuracy(right: Values, prompts: Sequence[str], items: npt.NDArray[np.int64]) -> Estimate:
-    return clustered_mean(right[items], [prompts[int(i)] for i in items])
-
-
-def _length_correlation(items: Sequence[Record], scorer: str) -> float | None:
+def _length_correlation(candidates: Candidates, inside: npt.NDArray[np.bool_]) -> float | None:
     from scipy.stats import spearmanr  # takes a second to import
 
-    rewards = [np.array(item.rewards[scorer]) for item in items]
-    lengths = [np.log1p(item.lengths) for item in items]
-    if not items:
-        return None
-    centred = [np.concatenate([each - each.mean() for each in column]) for column in (rewards, lengths)]
+    centred = candidates.centred_reward[inside], candidates.centred_length[inside]
     found = float(spearmanr(*centred).statistic) if all(np.ptp(each) > 0 for each in centred) else float("nan")
     return None if np.isnan(found) else found

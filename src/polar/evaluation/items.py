@@ -6,12 +6,13 @@ import hashlib
 import heapq
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from polar.evaluation.manifest import Task
 from polar.evaluation.records import SHARD_ITEMS
-from polar.records import Group, prompt_id, text_of
+from polar.records import Group, Text, prompt_id, text_of
 
+SHOWN_DIGITS = 16
 STRETCH_CHARACTERS = 1 << 25
 """Most characters of a stretch, about: candidates may be many and long."""
 
@@ -22,6 +23,7 @@ class Item:
 
     task: Task
     group: Group
+    """With the first reference."""
     quality: tuple[float, ...]
     reference_source: str
     policies: tuple[str | None, ...]
@@ -31,6 +33,12 @@ class Item:
     reference_quality: float | None = None
     domain: str | None = None
     slices: tuple[str, ...] = ()
+    further_references: tuple[Text, ...] = ()
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """One for each reference."""
+        return (self.group, *(replace(self.group, reference=reference) for reference in self.further_references))
 
     @property
     def prompt_id(self) -> str:
@@ -40,22 +48,27 @@ class Item:
     @property
     def characters(self) -> int:
         """Of all its texts."""
+        return sum(map(len, self.texts))
+
+    @property
+    def texts(self) -> list[str]:
+        """Of prompt, references and candidates, in this order."""
         group = self.group
-        return sum(len(text_of(text)) for text in (group.prompt, group.reference, *group.candidates))
+        return [text_of(text) for text in (group.prompt, group.reference, *self.further_references, *group.candidates)]
 
     def digest(self) -> bytes:
         """A hash of everything that the item says."""
         group = self.group
-        texts = [text_of(text) for text in (group.prompt, group.reference, *group.candidates)]
         labels = [self.policies, self.families, self.reference_policy, self.reference_family, self.reference_quality]
-        content = [self.task, texts, group.id, group.wrapper, self.quality, *labels, self.domain, self.slices]
+        texts = [self.texts, len(self.further_references)]
+        content = [self.task, *texts, group.id, group.wrapper, self.quality, *labels, self.domain, self.slices]
         payload = json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")
         return hashlib.sha256(payload).digest()
 
 
 def fingerprint(digests: Iterable[bytes]) -> str:
     """Sixteen hexadecimal digits for a sequence of digests."""
-    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:SHOWN_DIGITS]
 
 
 def stretches(items: Iterable[Item]) -> Iterator[list[Item]]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from polar.errors import InputError
+from polar.references import Aggregate
 from polar.writing import on_disk
 
 Task = Literal["policy discrimination", "preference accuracy", "verifiable correctness", "best of N", "sensitivity"]
@@ -49,6 +50,8 @@ class DatasetFacts(_Facts):
     task: Task
     reference: str
     """Where references came from, in words."""
+    aggregate: Aggregate = "max"
+    """What became of the rewards against several references, where items have them."""
     scoring: str | None = None
     """Official scoring rules that apply as well (`polar.evaluation.official`)."""
     finished: bool = False
@@ -65,7 +68,7 @@ class DatasetFacts(_Facts):
 class Manifest(_Facts):
     """What an evaluation was: with it, and the records, a result can be checked and made again."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     polar: str
     commit: str | None
     """Of polar's own source tree; None for an installed package."""

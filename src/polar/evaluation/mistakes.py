@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import heapq
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from polar.corpus.report import Excerpt
-from polar.evaluation.compare import Key, Keys, Part, Run
+from polar.evaluation.compare import Run
+from polar.evaluation.outcomes import Part, digest
 from polar.evaluation.records import MODEL, Record, read_records
 
 MISTAKES = 12
@@ -18,8 +18,11 @@ MISTAKES = 12
 EXCERPT = 4000
 """Most characters of a text that are shown."""
 
-WrongPair = tuple[float, Key, int, int]
-"""How far the better candidate's reward is below the other one's, their item, and the two candidates."""
+WrongPair = tuple[float, str, int, int, int, int]
+"""How far the better candidate's reward is below the other one's; the item's data set and number, the two candidates,
+and the item's digest."""
+Key = tuple[int, int]
+"""What makes an item the same in two runs: its digest, and which one of equal items it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +44,13 @@ class Mistake:
     """By name of the scorer: of the better and of the worse candidate."""
 
 
-def worst_pairs(records: Sequence[Record]) -> list[WrongPair]:
-    """The worst mistakes of the model of a run, one for each item at most, worst first."""
-    keys, wrong = Keys(), []
+def wrong_pairs(records: Sequence[Record]) -> Iterator[WrongPair]:
+    """The mistakes of the model of a run, one for each item at most."""
     for record in records:
-        key = keys.of(record)  # of every record, so that keys count alike when records are read again
-        if MODEL in record.rewards and record.task != "sensitivity":
+        if MODEL in record.rewards:
             gap, better, worse = _worst_pair(record.quality, record.rewards[MODEL])
             if gap > 0:
-                wrong.append((gap, key, better, worse))
-    return heapq.nlargest(MISTAKES, wrong)
+                yield gap, record.dataset, record.number, better, worse, digest(record)
 
 
 def _worst_pair(quality: Sequence[float], rewards: Sequence[float]) -> tuple[float, int, int]:
@@ -65,23 +65,24 @@ def read_mistakes(found: Sequence[tuple[Run, Sequence[WrongPair]]]) -> Iterator[
     """Look up the texts of mistakes, and the rewards of all scorers; a pair that several models get wrong comes once.
 
     Args:
-        found: Every run with its `worst_pairs`.
+        found: Every run with its worst pairs.
     """
+    digests = {pair[-1] for _, pairs in found for pair in pairs}
     wanted: defaultdict[tuple[Key, int, int], list[str]] = defaultdict(list)
-    for run, pairs in found:
-        for _, key, better, worse in pairs:
-            wanted[key, better, worse].append(run.label)
-    items = {key for key, _, _ in wanted}
     records: dict[Key, Record] = {}
     rewards: defaultdict[Key, dict[str, tuple[float, ...]]] = defaultdict(dict)
-    for run, _ in found if items else ():
-        keys = Keys()
+    for run, pairs in found if digests else ():
+        met: Counter[int] = Counter()
+        keys: dict[tuple[str, int], Key] = {}
         for record in read_records(run.directory, texts=True):
-            key = keys.of(record)
-            if key in items:
+            if (name := digest(record)) in digests:
+                met[name] += 1
+                key = keys[record.dataset, record.number] = name, met[name]
                 records.setdefault(key, record)
                 named = {run.name_of(scorer): values for scorer, values in record.rewards.items()}
-                rewards[key] = rewards[key] | {name: named[name] for name in named if name not in rewards[key]}
+                rewards[key] = named | rewards[key]
+        for _, dataset, number, better, worse, _ in pairs:
+            wanted[keys[dataset, number], better, worse].append(run.label)
     for (key, better, worse), models in wanted.items():
         record, candidates = records[key], records[key].candidates or ()
         yield Mistake(

@@ -13,7 +13,7 @@ candidate, in the same order. What is known of the candidates is one number each
 | preference accuracy | the place in the ranking, K-1 (best of K) to 0 (worst), or a score; ties are equal |
 | verifiable correctness | 1 for a right answer, 0 for a wrong one |
 | best of N | the true quality: a score by people or a judge, or 1 and 0 for right and wrong |
-| sensitivity | three candidates: better (1), worse (0), and the worse one with its text transformed (0) |
+| sensitivity | three candidates: better (1), worse (0), and one of the two with its text transformed (1 or 0) |
 
 So for every task a reward is right about a pair of candidates of unequal quality when it puts them in the same order,
 and a tie of rewards counts one half (`polar.metrics`).
@@ -87,14 +87,18 @@ class Record:
     cut_tokens: tuple[int, ...]
     """Tokens of prompt, reference and candidate that the model did not see; 0 when everything fitted, or no model."""
     rewards: dict[str, tuple[float, ...]]
-    """By scorer."""
+    """By scorer; with several references, aggregated as the data set says."""
+    by_reference: dict[str, tuple[tuple[float, ...], ...]] | None = None
+    """By scorer: the rewards against each of several references; None where there is one."""
     prompt: str | None = None
     """The texts, as the model reads them; None when records are read without them."""
     reference: str | None = None
+    """The first one, if there are several."""
+    further_references: tuple[str, ...] | None = None
     candidates: tuple[str, ...] | None = None
 
 
-TEXTS = ("prompt", "reference", "candidates")
+TEXTS = ("prompt", "reference", "further_references", "candidates")
 """Fields that are most of a file and that summaries do not need."""
 
 
@@ -127,8 +131,10 @@ def schema(scorers: Sequence[str]) -> pa.Schema:
             "copies_reference": pa.list_(pa.bool_()),
             "cut_tokens": pa.list_(number),
             "rewards": pa.struct(dict.fromkeys(scorers, numbers)),
+            "by_reference": pa.struct(dict.fromkeys(scorers, pa.list_(numbers))),
             "prompt": text,
             "reference": text,
+            "further_references": pa.list_(text),
             "candidates": pa.list_(text),
         }
     )
@@ -170,7 +176,7 @@ def read_records(directory: str | Path, *, texts: bool = False) -> Iterator[Reco
 
     Args:
         directory: What `polar eval --output` wrote. It may be unfinished.
-        texts: Read prompts, references and candidates too; without them 100,000 records take about 200 MB.
+        texts: Read prompts, references and candidates too; without them a record takes about two kilobytes.
 
     Raises:
         InputError: a file is damaged, or there is no manifest.
@@ -194,6 +200,8 @@ def shards(directory: Path, dataset: str) -> list[Path]:
 def _record(row: dict[str, Any]) -> Record:
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
     values["rewards"] = {name: tuple(rewards) for name, rewards in row["rewards"].items()}
+    if row["by_reference"] is not None:
+        values["by_reference"] = {name: tuple(map(tuple, each)) for name, each in row["by_reference"].items()}
     return Record(**values)
 
 

@@ -1,7 +1,7 @@
 """What evaluations say side by side, from their records alone: the content of the page, the JSON and the model card.
 
-Records are read twice: first without their texts, one run at a time (about 2 KB of memory each), and then once more for
-the texts of the few mistakes that are shown.
+Records are read twice: first without their texts, one run at a time, to numbers (`polar.evaluation.outcomes`), and then
+once more for the texts of the few mistakes that are shown.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from pathlib import Path
 
 from polar.errors import InputError
 from polar.evaluation.best_of_n import Point
-from polar.evaluation.compare import Comparison, Outcomes, Part, Run, Side, compare, outcomes_of
+from polar.evaluation.compare import Comparison, Run, Side, compare
 from polar.evaluation.diagnostics import Diagnosis
 from polar.evaluation.manifest import Task, read_manifest
-from polar.evaluation.mistakes import Mistake, WrongPair, read_mistakes, worst_pairs
+from polar.evaluation.mistakes import Mistake, WrongPair, read_mistakes
+from polar.evaluation.outcomes import Outcomes, Part
 from polar.evaluation.records import MODEL, WITHOUT_REFERENCE, read_records
 from polar.evaluation.summary import Result, Summary, summary_of
+from polar.evaluation.survey import survey_of
 from polar.metrics import FEW_CLUSTERS, Estimate
+from polar.references import AGGREGATES
 
 SCHEMA = "polar eval report 1"
 """Changes when a key of the JSON goes or means something else."""
@@ -92,7 +95,7 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class Surveyed:
     """What is kept of the records of a run."""
 
     run: Run
@@ -110,7 +113,7 @@ def build_report(directories: Sequence[str | Path]) -> Report:
     Raises:
         InputError: a directory is no evaluation, or has no records yet.
     """
-    surveys = list(map(_survey, _runs(directories)))
+    surveys = list(map(_surveyed, _runs(directories)))
     runs = tuple(survey.run for survey in surveys)
     lines = tuple(_lines(surveys))
     names = dict.fromkeys(
@@ -148,14 +151,14 @@ def _runs(directories: Sequence[str | Path]) -> Iterator[Run]:
         yield Run(str(directory), labels[-1], manifest)
 
 
-def _survey(run: Run) -> Survey:
-    records = list(read_records(run.directory))
-    if not records:
+def _surveyed(run: Run) -> Surveyed:
+    found = survey_of(run.manifest, read_records(run.directory))
+    if not found.by_task:
         raise InputError(f"{run.directory}: the evaluation has no records yet; run `polar eval` to its end")
-    return Survey(run, summary_of(run.manifest, records), outcomes_of(records), worst_pairs(records))
+    return Surveyed(run, summary_of(found), found.by_task, found.worst)
 
 
-def _lines(surveys: Sequence[Survey]) -> Iterator[Line]:
+def _lines(surveys: Sequence[Surveyed]) -> Iterator[Line]:
     """The results of all runs, those of one part together."""
     found: dict[tuple[Part, str], Line] = {}
     for survey in surveys:
@@ -180,6 +183,10 @@ def _measures(summary: Summary) -> Iterator[tuple[Part, str, int, dict[str, Esti
         yield part, "accuracy after", items, one.after
         yield part, "change", items, one.change
     whole = {result.dataset: result for result in summary.results if _part_of(result).whole}
+    for several in summary.several_references:
+        for how, accuracy in several.accuracy.items():
+            measure = f"accuracy, {how} of several references" if how in AGGREGATES else f"accuracy, {how}"
+            yield _part_of(whole[several.dataset]), measure, next(iter(accuracy.values())).count, accuracy
     for official in summary.official:
         numbers = dict.fromkeys(name for scores in official.scores.values() for name in scores)
         result = whole[official.dataset]
@@ -192,7 +199,7 @@ def _part_of(result: Result) -> Part:
     return Part(result.task, result.dataset, result.domain, result.slice)
 
 
-def _comparisons(surveys: Sequence[Survey], lines: Sequence[Line], baselines: Sequence[str]) -> Iterator[Comparison]:
+def _comparisons(surveys: Sequence[Surveyed], lines: Sequence[Line], baselines: Sequence[str]) -> Iterator[Comparison]:
     """Every model with the baseline that is best on the whole data set, and with the first model."""
     parts: defaultdict[tuple[Task, str | None], list[Part]] = defaultdict(list)
     best: dict[tuple[Task, str | None], str] = {}
@@ -216,7 +223,7 @@ def _comparisons(surveys: Sequence[Survey], lines: Sequence[Line], baselines: Se
             yield from compare(own, side, sides[0])
 
 
-def _curves(surveys: Sequence[Survey]) -> Iterator[Curve]:
+def _curves(surveys: Sequence[Surveyed]) -> Iterator[Curve]:
     found: dict[tuple[str, str], Curve] = {}
     for survey in surveys:
         for one in survey.summary.best_of_n:
@@ -226,7 +233,7 @@ def _curves(surveys: Sequence[Survey]) -> Iterator[Curve]:
     return iter(found.values())
 
 
-def _warnings(surveys: Sequence[Survey]) -> Iterator[str]:
+def _warnings(surveys: Sequence[Surveyed]) -> Iterator[str]:
     """What a reader has to know about runs and data; what holds for all runs is said once."""
     told: defaultdict[str, list[str]] = defaultdict(list)
     for survey in surveys:
@@ -244,9 +251,11 @@ def _warnings(surveys: Sequence[Survey]) -> Iterator[str]:
             yield f"{name}: the runs have different items; models are compared on those that both have."
 
 
-def _warnings_of(survey: Survey) -> Iterator[str]:
+def _warnings_of(survey: Surveyed) -> Iterator[str]:
     if not survey.run.manifest.finished:
         yield "The evaluation is not finished; the report is on what is recorded so far."
+    if survey.run.manifest.settings.get("reference_free"):
+        yield "The model reads no references; the baselines beside it do."
     for dataset in survey.run.manifest.datasets:
         if "gives the answer away" in dataset.reference:
             yield f"{dataset.name}: the reference is the chosen answer itself, so accuracies say little about a model."

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from polar.errors import InputError
 from polar.evaluation.baselines import Scorer
-from polar.evaluation.items import Item, fingerprint, sample, stretches
+from polar.evaluation.items import SHOWN_DIGITS, Item, fingerprint, sample, stretches
 from polar.evaluation.manifest import MANIFEST, DatasetFacts, Manifest, read_manifest, write_manifest
-from polar.evaluation.probes import with_probes
+from polar.evaluation.probes import read_paraphrases, with_probes
 from polar.evaluation.records import (
     MODEL,
     RECORDS,
@@ -24,7 +25,8 @@ from polar.evaluation.suites import Dataset, Suite
 from polar.evaluation.tasks import read_items
 from polar.model.reward_model import RewardModel
 from polar.reading import OnBadRow, ReadReport
-from polar.records import text_of
+from polar.records import Group, text_of
+from polar.references import aggregated
 from polar.writing import on_disk
 
 Progress = Callable[[int], object]
@@ -38,6 +40,7 @@ def planned(suite: Suite) -> tuple[DatasetFacts, ...]:
             path=dataset.path,
             task=dataset.task,
             reference="the triples" if dataset.task == "policy discrimination" else str(dataset.reference),
+            aggregate=dataset.aggregate,
             scoring=dataset.scoring,
         )
         for dataset in suite.datasets
@@ -52,6 +55,7 @@ def evaluate(
     baselines: dict[str, Scorer],
     *,
     limit: int | None = None,
+    reference_free: bool = False,
     on_bad_row: OnBadRow = "error",
     progress: Progress | None = None,
 ) -> Manifest:
@@ -66,6 +70,7 @@ def evaluate(
         model: None for the baselines alone.
         baselines: By name.
         limit: At most this many items of each data set (`items.sample`).
+        reference_free: The model reads empty references, the baselines the true ones.
         on_bad_row: What to do with rows that cannot be used.
         progress: Called with the number of items that are done, scored now or before.
 
@@ -83,26 +88,27 @@ def evaluate(
     datasets = list(manifest.datasets)
     for place, dataset in enumerate(suite.datasets):
         report = ReadReport()
-        digests: list[bytes] = []
-        shard = -1
-        items = with_probes(sample(read_items(dataset, on_bad_row, report), limit), dataset.probes)
+        digest, count, shard = hashlib.sha256(), 0, -1
+        paraphrases = read_paraphrases(dataset.paraphrases) if dataset.paraphrases else {}
+        items = with_probes(sample(read_items(dataset, on_bad_row, report), limit), dataset.probes, paraphrases)
         for shard, stretch in enumerate(stretches(items)):
             own = [item.digest() for item in stretch]
             path = shard_path(directory, dataset.name, shard)
             if not _known(path, fingerprint(own)):
-                records = _score(dataset, len(digests), stretch, manifest.scorers, model, baselines)
+                records = _score(dataset, count, stretch, manifest.scorers, model, baselines, reference_free)
                 write_shard(path, records, manifest.scorers, fingerprint(own))
-            digests += own
+            digest.update(b"".join(own))
+            count += len(own)
             if progress is not None:
                 progress(len(stretch))
         _known(shard_path(directory, dataset.name, shard + 1), "no further items")
         datasets[place] = datasets[place].model_copy(
             update={
                 "finished": True,
-                "items": len(digests),
+                "items": count,
                 "skipped": report.skipped,
                 "first_reasons": tuple(report.first_reasons),
-                "hash": fingerprint(digests),
+                "hash": digest.hexdigest()[:SHOWN_DIGITS],
             }
         )
         manifest = manifest.model_copy(update={"datasets": tuple(datasets)})
@@ -153,35 +159,43 @@ def _score(
     scorers: Sequence[str],
     model: RewardModel | None,
     baselines: dict[str, Scorer],
+    reference_free: bool,
 ) -> list[Record]:
-    groups = [item.group for item in items]
+    groups = [group for item in items for group in item.groups]
     rewards = {name: scorer(groups) for name, scorer in baselines.items()}
     cut = [(0,) * len(group.candidates) for group in groups]
     if model is not None:
-        rewards[MODEL], cut = _model_rewards(model, items)
+        bare = [replace(group, reference="") for group in groups]
+        rewards[MODEL], cut = _model_rewards(model, bare if reference_free else groups)
         if WITHOUT_REFERENCE in scorers:
-            bare = [replace(item, group=replace(item.group, reference="")) for item in items]
             rewards[WITHOUT_REFERENCE], _ = _model_rewards(model, bare)
-    return [
-        _record(dataset, first + i, item, cut[i], {name: tuple(rewards[name][i]) for name in scorers})
-        for i, item in enumerate(items)
-    ]
+    records, end = [], 0
+    for number, item in enumerate(items, first):
+        start, end = end, end + len(item.groups)
+        by_reference = {name: tuple(map(tuple, rewards[name][start:end])) for name in scorers}
+        records.append(_record(dataset, number, item, tuple(map(sum, zip(*cut[start:end], strict=True))), by_reference))
+    return records
 
 
-def _model_rewards(model: RewardModel, items: Sequence[Item]) -> tuple[list[list[float]], list[tuple[int, ...]]]:
-    """Rewards of the model and tokens that were cut; items of similar length are scored together."""
-    encoded = [model.template.encode_group(item.group) for item in items]
-    order = sorted(range(len(items)), key=lambda i: len(encoded[i].prefix) + sum(map(len, encoded[i].branches)))
-    rewards: list[list[float]] = [[] for _ in items]
+def _model_rewards(model: RewardModel, groups: Sequence[Group]) -> tuple[list[list[float]], list[tuple[int, ...]]]:
+    """Rewards of the model and tokens that were cut; groups of similar length are scored together."""
+    encoded = [model.template.encode_group(group) for group in groups]
+    order = sorted(range(len(groups)), key=lambda i: len(encoded[i].prefix) + sum(map(len, encoded[i].branches)))
+    rewards: list[list[float]] = [[] for _ in groups]
     for i, values in zip(order, model.score_encoded([encoded[i] for i in order]), strict=True):
         rewards[i] = values
     return rewards, [tuple(cut.prompt + cut.reference + cut.output for cut in group.truncations) for group in encoded]
 
 
 def _record(
-    dataset: Dataset, number: int, item: Item, cut: tuple[int, ...], rewards: dict[str, tuple[float, ...]]
+    dataset: Dataset,
+    number: int,
+    item: Item,
+    cut: tuple[int, ...],
+    by_reference: dict[str, tuple[tuple[float, ...], ...]],
 ) -> Record:
-    reference, candidates = text_of(item.group.reference), tuple(map(text_of, item.group.candidates))
+    further = tuple(map(text_of, item.further_references))
+    references, candidates = (text_of(item.group.reference), *further), tuple(map(text_of, item.group.candidates))
     return Record(
         dataset=dataset.name,
         number=number,
@@ -194,15 +208,17 @@ def _record(
         reference_policy=item.reference_policy,
         reference_family=item.reference_family,
         reference_quality=item.reference_quality,
-        reference_length=len(reference),
+        reference_length=len(references[0]),
         quality=item.quality,
         policies=item.policies,
         families=item.families,
         lengths=tuple(map(len, candidates)),
-        copies_reference=tuple(candidate == reference for candidate in candidates),
+        copies_reference=tuple(candidate in references for candidate in candidates),
         cut_tokens=cut,
-        rewards=rewards,
+        rewards={name: tuple(aggregated(each, dataset.aggregate)) for name, each in by_reference.items()},
+        by_reference=by_reference if further else None,
         prompt=text_of(item.group.prompt),
-        reference=reference,
+        reference=references[0],
+        further_references=further or None,
         candidates=candidates,
     )

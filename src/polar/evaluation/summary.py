@@ -7,8 +7,7 @@ area over all prompts together, which asks for rewards that compare between prom
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,18 +15,13 @@ import numpy as np
 
 from polar.evaluation.best_of_n import Point, curve
 from polar.evaluation.diagnostics import Diagnosis, diagnose
-from polar.evaluation.manifest import TASKS, DatasetFacts, Manifest, Task, read_manifest
+from polar.evaluation.manifest import TASKS, Task, read_manifest
 from polar.evaluation.official import official_scores
-from polar.evaluation.records import MODEL, Record, read_records
-from polar.metrics import (
-    Estimate,
-    area_under_curve,
-    clustered_mean,
-    ordered_shares,
-    outcomes,
-    paired_difference,
-    rank_correlations,
-)
+from polar.evaluation.outcomes import Numbers, Outcomes, Part
+from polar.evaluation.records import MODEL, read_records
+from polar.evaluation.survey import FIRST, Probed, Referenced, Survey, survey_of
+from polar.metrics import Estimate, area_under_curve, clustered_mean, paired_difference
+from polar.references import AGGREGATES
 
 SUMMARY = "summary.json"
 """The file that holds a summary, beside the manifest."""
@@ -74,16 +68,25 @@ class BestOfN:
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """What one transformation of the worse candidates does to the accuracy."""
+    """What one transformation of the worse or of the better candidates does to the accuracy."""
 
     dataset: str
     probe: str
     before: dict[str, Estimate]
     """By scorer: how often the better candidate beats the worse one."""
     after: dict[str, Estimate]
-    """How often it beats the worse one transformed."""
+    """How often it still does after one of the two was transformed."""
     change: dict[str, Estimate]
     """After minus before, paired by item: below zero, the scorer falls for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeveralReferences:
+    """Accuracies on the items that have several references, by what is made of the rewards against each."""
+
+    dataset: str
+    accuracy: dict[str, dict[str, Estimate]]
+    """"the first reference alone", "max", "mean" and "softmax", each by scorer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,7 @@ class Summary:
 
     results: tuple[Result, ...]
     sensitivity: tuple[Sensitivity, ...]
+    several_references: tuple[SeveralReferences, ...]
     best_of_n: tuple[BestOfN, ...]
     official: tuple[Official, ...]
     diagnoses: tuple[Diagnosis, ...]
@@ -109,128 +113,100 @@ class Summary:
 
 
 def summarise(directory: str | Path) -> Summary:
-    """Read the records of an evaluation, without their texts, and summarise them; about 2 KB of memory for each.
+    """Read the records of an evaluation one by one, without their texts, and summarise them.
 
     Raises:
         InputError: a file is damaged or missing.
     """
-    return summary_of(read_manifest(directory), read_records(directory))
+    return summary_of(survey_of(read_manifest(directory), read_records(directory)))
 
 
-def summary_of(manifest: Manifest, records: Iterable[Record]) -> Summary:
-    """The summary of records that are in memory or come one by one."""
-    by_dataset: defaultdict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        by_dataset[record.dataset].append(record)
-    known: list[tuple[DatasetFacts, list[Record]]] = [
-        (facts, [record for record in by_dataset[facts.name] if record.task != "sensitivity"])
-        for facts in manifest.datasets
-    ]
-    known = [(facts, own) for facts, own in known if own]
+def summary_of(found: Survey) -> Summary:
+    """The summary of what was kept of the records."""
+    facts, scorers = found.manifest.datasets, found.manifest.scorers
     return Summary(
-        tuple(_results(by_dataset, manifest.scorers)),
-        tuple(_sensitivities(by_dataset, manifest.scorers)),
+        tuple(_results(found)),
+        tuple(_sensitivity(dataset, probe, own, scorers) for (dataset, probe), own in sorted(found.probed.items())),
+        tuple(_several_references(dataset, own, scorers) for dataset, own in found.referenced.items()),
         tuple(
-            BestOfN(facts.name, {scorer: curve(own, scorer) for scorer in manifest.scorers})
-            for facts, own in known
-            if facts.task == "best of N"
+            BestOfN(dataset, {scorer: curve(own, scorer) for scorer in scorers}) for dataset, own in found.draws.items()
         ),
         tuple(
             Official(
-                facts.name,
-                facts.scoring,
-                {name: official_scores(facts.scoring, own, name) for name in manifest.scorers},
+                one.name,
+                one.scoring,
+                {name: official_scores(one.scoring, found.scored[one.name], name) for name in scorers},
             )
-            for facts, own in known
-            if facts.scoring
+            for one in facts
+            if one.scoring and one.name in found.scored
         ),
-        tuple(diagnose(facts.name, own, MODEL) for facts, own in known if MODEL in manifest.scorers),
+        tuple(
+            diagnose(dataset, outcomes, MODEL)
+            for outcomes in found.by_task.values()
+            if MODEL in scorers
+            for dataset in outcomes.datasets
+        ),
     )
 
 
-def _results(by_dataset: dict[str, list[Record]], scorers: Sequence[str]) -> Iterator[Result]:
+def _results(found: Survey) -> Iterator[Result]:
     """For every task: all data sets together if they are several, then each with its domains and slices."""
     for task in TASKS:
-        if task == "sensitivity":
-            continue
-        of_task = {name: own for name, records in by_dataset.items() if (own := _ordered(records, task))}
-        if len(of_task) > 1:
-            yield _result(task, None, None, None, [record for own in of_task.values() for record in own], scorers)
-        for dataset, own in of_task.items():
-            yield _result(task, dataset, None, None, own, scorers)
-            for domain, slice_, part in _parts(own):
-                yield _result(task, dataset, domain, slice_, part, scorers)
+        if outcomes := found.by_task.get(task):
+            if len(outcomes.datasets) > 1:
+                yield _result(outcomes, Part(task))
+            for dataset in outcomes.datasets:
+                yield from (_result(outcomes, part) for part in outcomes.parts(dataset))
 
 
-def _parts(records: Sequence[Record]) -> Iterator[tuple[str | None, str | None, list[Record]]]:
-    """The domains and slices of a data set, except those that are all of it."""
-    for domain in sorted({record.domain for record in records if record.domain is not None}):
-        if len(part := [record for record in records if record.domain == domain]) < len(records):
-            yield domain, None, part
-    for slice_ in sorted({name for record in records for name in record.slices}):
-        if len(part := [record for record in records if slice_ in record.slices]) < len(records):
-            yield None, slice_, part
-
-
-def _sensitivities(by_dataset: dict[str, list[Record]], scorers: Sequence[str]) -> Iterator[Sensitivity]:
-    for dataset, records in by_dataset.items():
-        probed = [record for record in records if record.task == "sensitivity"]
-        for probe in sorted({record.domain or "" for record in probed}):
-            own = [record for record in probed if record.domain == probe]
-            prompts = [record.prompt_id for record in own]
-            rewards = {name: np.array([record.rewards[name] for record in own]) for name in scorers}
-            before = {name: outcomes(each[:, 0], each[:, 1]) for name, each in rewards.items()}
-            after = {name: outcomes(each[:, 0], each[:, 2]) for name, each in rewards.items()}
-            yield Sensitivity(
-                dataset,
-                probe,
-                {name: clustered_mean(before[name], prompts) for name in scorers},
-                {name: clustered_mean(after[name], prompts) for name in scorers},
-                {name: paired_difference(after[name], before[name], prompts) for name in scorers},
-            )
-
-
-def _ordered(records: Sequence[Record], task: Task) -> list[Record]:
-    """The items of a task in which a reward can be right or wrong."""
-    return [record for record in records if record.task == task and len(set(record.quality)) > 1]
-
-
-def _result(
-    task: Task,
-    dataset: str | None,
-    domain: str | None,
-    slice_: str | None,
-    items: Sequence[Record],
-    scorers: Sequence[str],
-) -> Result:
-    prompts = [item.prompt_id for item in items]
-    quality = [item.quality for item in items]
-    rewards = {name: [item.rewards[name] for item in items] for name in scorers}
-    shares = {name: ordered_shares(quality, rewards[name]) for name in scorers}
-    several = any(len(each) > 2 for each in quality)
+def _result(outcomes: Outcomes, part: Part) -> Result:
+    items, scorers = outcomes.items(part), outcomes.scorers
+    prompts, shares = outcomes.prompts[items], {name: values[items] for name, values in outcomes.shares.items()}
+    several, correlations = (outcomes.candidates.count[items] > 2).any(), outcomes.correlations
     return Result(
-        task=task,
-        dataset=dataset,
-        domain=domain,
-        slice=slice_,
+        task=part.task,
+        dataset=part.dataset,
+        domain=part.domain,
+        slice=part.slice,
         items=len(items),
         accuracy={name: clustered_mean(shares[name], prompts) for name in scorers},
         difference=paired_difference(shares[MODEL], shares[RIVAL], prompts) if MODEL in shares else None,
-        rank_correlation={name: clustered_mean(rank_correlations(quality, rewards[name]), prompts) for name in scorers}
-        if several
+        rank_correlation={name: clustered_mean(correlations[name][items], prompts) for name in scorers}
+        if correlations is not None and several
         else None,
-        area={name: _area(items, name) for name in scorers} if task == "verifiable correctness" else None,
-        reference_copies=sum(_best_is_reference(item) for item in items),
-        truncated=sum(any(item.cut_tokens) for item in items),
+        area=_areas(outcomes, items) or None,
+        reference_copies=int(outcomes.copies[items].sum()),
+        truncated=int(outcomes.cut[items].sum()),
     )
 
 
-def _area(items: Sequence[Record], scorer: str) -> Estimate:
-    right = [quality == max(item.quality) for item in items for quality in item.quality]
-    rewards = [reward for item in items for reward in item.rewards[scorer]]
-    return area_under_curve(right, rewards, [item.prompt_id for item in items for _ in item.quality])
+def _areas(outcomes: Outcomes, items: Numbers) -> dict[str, Estimate]:
+    candidates, inside = outcomes.candidates, outcomes.candidates.of(items)
+    prompts = np.repeat(outcomes.prompts, candidates.count)[inside]
+    return {
+        name: area_under_curve(candidates.best[inside], rewards[inside], prompts)
+        for name, rewards in candidates.rewards.items()
+    }
 
 
-def _best_is_reference(item: Record) -> bool:
-    best = np.max(item.quality)
-    return any(copy and quality == best for copy, quality in zip(item.copies_reference, item.quality, strict=True))
+def _sensitivity(dataset: str, probe: str, own: Probed, scorers: Sequence[str]) -> Sensitivity:
+    prompts = np.array(own.prompts)
+    before, after = ({name: np.array(values[name]) for name in scorers} for values in (own.before, own.after))
+    return Sensitivity(
+        dataset,
+        probe,
+        {name: clustered_mean(before[name], prompts) for name in scorers},
+        {name: clustered_mean(after[name], prompts) for name in scorers},
+        {name: paired_difference(after[name], before[name], prompts) for name in scorers},
+    )
+
+
+def _several_references(dataset: str, own: Referenced, scorers: Sequence[str]) -> SeveralReferences:
+    prompts = np.array(own.prompts)
+    return SeveralReferences(
+        dataset,
+        {
+            how: {name: clustered_mean(np.array(own.shares[how, name]), prompts) for name in scorers}
+            for how in (FIRST, *AGGREGATES)
+        },
+    )

@@ -10,11 +10,11 @@ from polar.errors import InputError
 from polar.evaluation.graded import Graded, graded, is_output, require_order, require_several, value_at, with_columns
 from polar.evaluation.items import Item
 from polar.evaluation.suites import Dataset, ReferenceSource
-from polar.fields import Row, as_number, optional_string, string_at, text_at
+from polar.fields import Row, as_number, optional_string, string_at, text_at, texts_at
 from polar.reading import OnBadRow, ReadReport, rows
-from polar.records import Group, Text, prompt_id
+from polar.records import Group, Text, prompt_id, text_of
 
-Reference = Callable[[Row, Graded], Text]
+References = Callable[[Row, Graded], tuple[Text, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,10 @@ def read_items(dataset: Dataset, on_bad_row: OnBadRow, report: ReadReport) -> It
     on_bad_row = dataset.on_bad_row or on_bad_row
     seen = _read_seen(dataset.seen) if dataset.seen else None
     families = _read_families(dataset.families) if dataset.families else {}
-    reference = _references(dataset.reference)
+    references = _references(dataset.reference)
     for several in _row_groups(dataset, on_bad_row, report):
         try:
-            items = list(_items(dataset, several, reference))
+            items = list(_items(dataset, several, references))
         except InputError as error:
             if on_bad_row != "skip" and not isinstance(error, formats.TieError):
                 raise
@@ -78,7 +78,7 @@ def _matches(value: object, wanted: object) -> bool:
     return value in wanted if isinstance(wanted, list) else value == wanted
 
 
-def _items(dataset: Dataset, several: list[Row], reference: Reference) -> Iterator[Item]:
+def _items(dataset: Dataset, several: list[Row], references: References) -> Iterator[Item]:
     row = several[0]
     slices = tuple(str(value) for place in dataset.slices if (value := value_at(row, place)) is not None)
     if dataset.task == "policy discrimination":
@@ -89,9 +89,11 @@ def _items(dataset: Dataset, several: list[Row], reference: Reference) -> Iterat
         require_several(row, each)
         if dataset.task != "best of N":
             require_order(row, each)
+        reference, *further = references(row, each)
         yield Item(
             task=dataset.task,
-            group=Group(each.prompt, reference(row, each), each.candidates, each.id, formats.wrapper_of(row)),
+            group=Group(each.prompt, reference, each.candidates, each.id, formats.wrapper_of(row)),
+            further_references=tuple(further),
             quality=each.quality,
             reference_source=str(dataset.reference),
             policies=each.policies or (None,) * len(each.candidates),
@@ -114,12 +116,17 @@ def _joined(outputs: list[Graded]) -> Graded:
 
 
 def _discrimination(row: Row) -> Item:
+    further: tuple[Text, ...] = ()
+    if row.has("references"):
+        reference, *others = texts_at(row, "references", at_least=1)
+        row, further = replace(row, fields={**row.fields, "reference": text_of(reference)}), tuple(others)
     triple = formats.triple(row)[1][0]
     return Item(
         task="policy discrimination",
         group=Group(
             triple.prompt, triple.reference, (triple.positive, triple.negative), _id(row), wrapper=triple.wrapper
         ),
+        further_references=further,
         quality=(1.0, 0.0),
         reference_source='column "reference", another sample of the policy of the better candidate',
         policies=(triple.policy, triple.negative_policy),
@@ -142,25 +149,26 @@ def _optional_number(row: Row, field: str) -> float | None:
     return as_number(row, field, row.fields[field]) if row.has(field) else None
 
 
-def _references(source: ReferenceSource) -> Reference:
-    """The function that finds the reference of an item."""
+def _references(source: ReferenceSource) -> References:
+    """The function that finds the references of an item."""
+    if source.absent:
+        return lambda row, item: ("",)
     if source.chosen_as_reference:
-        return lambda row, item: item.candidates[max(range(len(item.quality)), key=item.quality.__getitem__)]
+        return lambda row, item: (item.candidates[max(range(len(item.quality)), key=item.quality.__getitem__)],)
     if source.file is None:
-        column = source.column or "reference"
-        if column in formats.ANSWERS:
+        if (column := source.column) in formats.ANSWERS:
             raise InputError(
                 f'column "{column}" holds answers that are scored, which gives the answer away: name a column with '
                 "independent references, or ask for chosen_as_reference by its name"
             )
         return lambda row, item: _at_column(row, column)
     file, by_id = source.file, source.by == "id"
-    known: dict[str, Text] = {}
+    known: dict[str, tuple[Text, ...]] = {}
     for row in rows(file):
         key = str(row.fields.get("id")) if by_id else prompt_id(text_at(row, "prompt"))
-        known[key] = text_at(row, "reference")
+        known[key] = _at_column(row, None)
 
-    def look_up(row: Row, item: Graded) -> Text:
+    def look_up(row: Row, item: Graded) -> tuple[Text, ...]:
         key = str(item.id) if by_id else prompt_id(item.prompt)
         if key not in known:
             raise InputError(f"{row.place}: expected a reference for its {source.by} in {file}, found none")
@@ -169,13 +177,19 @@ def _references(source: ReferenceSource) -> Reference:
     return look_up
 
 
-def _at_column(row: Row, column: str) -> Text:
+def _at_column(row: Row, column: str | None) -> tuple[Text, ...]:
+    """One reference, or several when the column holds a list of texts and not of messages."""
+    if column is None:
+        column = "references" if row.has("references") else "reference"
     if not row.has(column):
         raise InputError(
             f'{row.place}: expected a reference in column "{column}", found none: POLAR scores against a reference; '
             "name another column, or a file of references"
         )
-    return text_at(row, column)
+    value = row.fields[column]
+    if isinstance(value, list) and value and not isinstance(value[0], dict):
+        return texts_at(row, column, at_least=1)
+    return (text_at(row, column),)
 
 
 def _read_seen(paths: tuple[str, ...]) -> Seen:
@@ -203,6 +217,8 @@ def _with_families(item: Item, families: dict[str, str]) -> Item:
     slices = item.slices
     if item.task == "policy discrimination" and None not in of_candidates:
         slices += ("same family",) if len(set(of_candidates)) == 1 else ("other family",)
+    if item.task == "policy discrimination" and own is not None:
+        slices += (f"family {own}",)
     return replace(item, families=of_candidates, reference_family=own, slices=slices)
 
 
