@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 import polar
 from polar.cli.scaling import read_sweep
+from polar.evaluation.suites import read_suite
 from polar.training.config import FinetuneConfig, PretrainConfig
 from polar.writing import open_writer
 from tests.corpus.engines.tiny import save_policy
@@ -194,6 +195,8 @@ def test_every_recipe_is_a_valid_configuration(recipe: Path) -> None:
         ClusterConfig.from_yaml_file(recipe)  # refuses unknown settings
     elif recipe.parent.name == "scaling":
         assert len(read_sweep(str(recipe))) >= 5
+    elif recipe.name == "suite.yaml":
+        assert read_suite(str(recipe)).description
     else:
         values = {"data": ["x"], "output": "y", **yaml.safe_load(recipe.read_text())}
         scratch = values.pop("scratch", {})
