@@ -35,12 +35,14 @@ from polar.writing import open_writer
 
 HERE = Path(__file__).parent
 TRAINED_ON = ("arena_bench_gpt4", "halluqa_zh", "just_eval_safety", "llmzoo_reviews_en_zh")
-MOST = {"alpaca_eval_gpt4": 300, "halluqa_zh": 250, "lawbench_zh_verifiable": 200, "zeroeval_gsm_verifiable": 300}
+MOST = {"alpaca_eval_gpt4": 200, "halluqa_zh": 200, "lawbench_zh_verifiable": 150, "zeroeval_gsm_verifiable": 200}
 """Rows with a reference that are drawn of each test split."""
 STRONG = ("gpt4_1106_preview", "claude-3-opus-20240229", "Meta-Llama-3-70B-Instruct")
 """Whose AlpacaEval outputs are references for RM-Bench's chat prompts; the first one alone for the official numbers."""
-PROBED, RM_BENCH_PART, GSM_PROMPTS = 60, 80, 60
+PROBED, RM_BENCH_PART, GSM_PROMPTS = 40, 60, 24
 """Items of these parts, at most."""
+JUDGED, SEVERAL = 150, 40
+"""Of JudgeBench without references, and of RM-Bench's chat with several."""
 EASY = 0.9
 """Questions of which more answers are right say little about choosing among them, and are left out."""
 
@@ -68,7 +70,7 @@ def main(data: str, work: str) -> None:
     probed = [json.loads(line) for line in (target / "alpaca_eval_gpt4.jsonl").read_text("utf-8").splitlines()]
     write(target / "probes.jsonl", probed[:PROBED])
     judged = rows(source / "preferences" / "judgebench")
-    write(target / "judgebench.jsonl", (plain({**row, "reference": ""}) for row in judged))
+    write(target / "judgebench.jsonl", (plain({**row, "reference": ""}) for row in drawn(judged, JUDGED)))
     write(target / "judgebench-references.jsonl", judgebench_references(judged))
     write_rm_bench(source, target)
     write_math(source, target)
@@ -167,7 +169,7 @@ def write_rm_bench(source: Path, target: Path) -> None:
             reference, *chosen = sides["chosen"]
             row = {"prompt": text(prompt), "domain": subset, "reference": reference, "chosen": chosen}
             others.append({**row, "rejected": sides["rejected"]})
-    write(target / "rm-bench-chat-references.jsonl", chat)
+    write(target / "rm-bench-chat-references.jsonl", drawn(chat, SEVERAL))
     alone = [{name: value for name, value in row.items() if name != "references"} for row in chat]
     write(
         target / "rm-bench-chat.jsonl",

@@ -12,7 +12,7 @@ pair() { # pair FILE OPTIONS: triples of the dev prompts
     --prompt-ids "$here/../nano/dev-prompts.txt" "${@:2}"
 }
 pair discrimination.parquet --per-prompt 15
-pair neighbours.parquet --per-prompt 5 --strategy checkpoint --policies-table "$work/runs.jsonl"
+pair neighbours.parquet --per-prompt 4 --strategy checkpoint --policies-table "$work/runs.jsonl"
 
 finetune() { # finetune MODEL DATA OUTPUT
   polar finetune --config "$here/finetune.yaml" --model "$1" --data "$work/$2" --output "$work/$3"
@@ -23,7 +23,7 @@ finetune "$work/random" train.jsonl without-pretraining
 finetune "$work/random" train-without-reference.jsonl without-pretraining-and-reference
 
 evaluate() { # evaluate MODEL OUTPUT OPTIONS
-  polar eval "$here/suite.yaml" --data "$work" --model "$1" --output "$work/runs/$2" "${@:3}"
+  polar eval "$here/suite.yaml" --data "$work" --model "$1" --output "$work/runs/$2" --limit 500 "${@:3}"
 }
 evaluate polar-nano polar-nano --without-reference ${embedding:+--embedding "$embedding"}
 evaluate "$work/finetuned" finetuned

@@ -384,6 +384,11 @@ def test_the_command_writes_page_json_and_card(
     again = build_report(runs)
     assert target.read_text("utf-8") == page(again)
     assert target.with_suffix(".json").read_text("utf-8") == again.to_json()
+    shown = r"(candidate|reference|prompt) \d"
+    assert re.search(shown, target.read_text("utf-8"))
+    assert main(["eval", "report", *map(str, runs), "--output", str(target), "--without-texts"]) == 0
+    for suffix in (".html", ".json", ".md"):
+        assert not re.search(shown, target.with_suffix(suffix).read_text("utf-8"))
     capsys.readouterr()
     assert main(["eval", "report", str(runs[0]), str(runs[0]), "--output", str(target)]) == 2
     assert "given twice" in capsys.readouterr().err

@@ -19,7 +19,9 @@ from polar.evaluation.report import build_report
 from polar.writing import on_disk
 
 
-def report(runs: Annotated[Sequence[str], Parameter(negative="")], /, *, output: str) -> None:
+def report(
+    runs: Annotated[Sequence[str], Parameter(negative="")], /, *, output: str, without_texts: bool = False
+) -> None:
     """Compare evaluations, from the records that `polar eval --output` wrote; no model is loaded.
 
     Every model stands beside the baselines and beside the first model, with a paired bootstrap over prompts that says
@@ -34,13 +36,14 @@ def report(runs: Annotated[Sequence[str], Parameter(negative="")], /, *, output:
     Args:
         runs: Directories of evaluations; models are compared with that of the first one.
         output: File for the page (.html); a .json and a .md of the same name are written beside it.
+        without_texts: Leave the worst mistakes out, for a report on data whose texts may not be passed on.
     """
     target = Path(output)
     if target.suffix != ".html":
         raise InputError(f"{output}: expected a file name that ends in .html")
     if len({Path(run).resolve() for run in runs}) < len(runs):
         raise InputError("a run is given twice; expected different directories")
-    found = build_report(runs)
+    found = build_report(runs, texts=not without_texts)
     contents = {".json": found.to_json(), ".md": model_card(found), ".html": page(found)}
     for suffix, content in contents.items():
         with on_disk(target.with_suffix(suffix)):

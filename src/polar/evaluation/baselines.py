@@ -95,18 +95,17 @@ def embedding_similarity(name: str) -> Scorer:
             "similarity of embeddings needs sentence-transformers: pip install 'polar-rm[embeddings]'"
         ) from error
     try:
-        model = SentenceTransformer(name)
+        model = SentenceTransformer(name, model_kwargs={"use_safetensors": True})  # never a pickle
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: cannot be loaded as an embedding model: {' '.join(str(error).split())}") from error
 
     def score(groups: Sequence[Group]) -> list[list[float]]:
-        texts = [text_of(text) for group in groups for text in (group.reference, *group.candidates)]
-        vectors = iter(model.encode(texts, normalize_embeddings=True, show_progress_bar=False))
-        rewards = []
-        for group in groups:
-            reference = next(vectors)
-            rewards.append([float(next(vectors) @ reference) for _ in group.candidates])
-        return rewards
+        texts = [[text_of(text) for text in (group.reference, *group.candidates)] for group in groups]
+        different = list(dict.fromkeys(text for own in texts for text in own))
+        vectors = model.encode(different, normalize_embeddings=True, show_progress_bar=False)
+        place = {text: number for number, text in enumerate(different)}
+        own = [vectors[[place[text] for text in each]] for each in texts]
+        return [[float(candidate @ each[0]) for candidate in each[1:]] for each in own]
 
     return score
 

@@ -104,11 +104,12 @@ class Surveyed:
     worst: list[WrongPair]
 
 
-def build_report(directories: Sequence[str | Path]) -> Report:
+def build_report(directories: Sequence[str | Path], *, texts: bool = True) -> Report:
     """Read evaluations and compare them.
 
     Args:
         directories: What `polar eval --output` wrote; models are compared with that of the first one that has one.
+        texts: Show the worst mistakes with their texts; data without a licence to pass them on must not be shown.
 
     Raises:
         InputError: a directory is no evaluation, or has no records yet.
@@ -135,7 +136,7 @@ def build_report(directories: Sequence[str | Path]) -> Report:
             if MODEL in survey.run.manifest.scorers
             for one in survey.summary.diagnoses
         ),
-        mistakes=tuple(read_mistakes([(survey.run, survey.worst) for survey in surveys])),
+        mistakes=tuple(read_mistakes([(survey.run, survey.worst if texts else []) for survey in surveys])),
         warnings=tuple(_warnings(surveys)),
     )
     return replace(report, comparisons=tuple(_comparisons(surveys, lines, report.baselines)))
