@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-frameworks lint clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,10 +31,23 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
+# Frameworks that want other versions of common packages than we do: an environment of their own, without CUDA
+FRAMEWORKS := .venv-frameworks
+$(FRAMEWORKS)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(FRAMEWORKS)
+	grep -E '^(fastapi|hypothesis|numpy|pyarrow|pytest|ray|starlette|torch|uvicorn)==' constraints.txt > $(FRAMEWORKS)/constraints.txt
+	$(FRAMEWORKS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(FRAMEWORKS)/constraints.txt \
+	  --editable '.[serve]' hypothesis pytest pytest-timeout pytest-xdist verl==0.9.1 ms-swift==4.6.0
+	$(FRAMEWORKS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps openrlhf==0.11.2
+	@touch $@
+
+test-frameworks: $(FRAMEWORKS)/.ready
+	$(FRAMEWORKS)/bin/python -m pytest tests/rft
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(FRAMEWORKS) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Reinforcement fine-tuning with verl and the rewards of a POLAR server.
+#
+#   recipes/verl/run.sh DATA ALGORITHM POLICY [key=value ...]     DATA: hh-rlhf, general, math; ALGORITHM: ppo, grpo
+#   recipes/verl/run.sh math grpo Qwen/Qwen2.5-7B-Instruct
+#
+#   POLAR_DATA             directory of DATA/train.parquet (polar rft-data); default ~/data/polar
+#   POLAR_REWARD_ADDRESS   of the reward server; default 127.0.0.1:30000
+#   POLAR_REWARD_MODEL     the checkpoint that it serves, a directory that all nodes see; default polar-nano
+#   NNODES, NODE_RANK, MASTER_ADDR   for a Ray cluster: run the same line on every node
+set -euo pipefail
+
+if (($# < 3)); then
+  sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
+data=$1 algorithm=$2 policy=$3
+shift 3
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=${PYTHON:-python3}
+directory=${POLAR_DATA:-$HOME/data/polar}/$data
+nodes=${NNODES:-1} rank=${NODE_RANK:-0}
+
+if ((nodes > 1)); then
+  : "${MASTER_ADDR:?the address of the first node}"
+  if ((rank > 0)); then
+    # The head may come up later; --block ends with the cluster.
+    for ((try = 0; try < 60; try++)); do
+      ray start --address "$MASTER_ADDR:6379" --disable-usage-stats --block && exit 0
+      sleep 5
+    done
+    exit 1
+  fi
+  ray start --head --node-ip-address "$MASTER_ADDR" --port 6379 --dashboard-host 127.0.0.1 --disable-usage-stats
+  trap 'ray stop' EXIT
+  "$python" "$here/wait_for_nodes.py" "$nodes"
+  export RAY_ADDRESS=$MASTER_ADDR:6379
+fi
+
+if [[ -e $directory/test.parquet ]]; then
+  set -- "data.val_files=$directory/test.parquet" "$@"
+fi
+"$python" -m verl.trainer.main_ppo --config-path "$here" --config-name "$data" \
+  by="$algorithm" \
+  data.train_files="$directory/train.parquet" \
+  actor_rollout_ref.model.path="$policy" \
+  reward.custom_reward_function.reward_kwargs.address="'${POLAR_REWARD_ADDRESS:-127.0.0.1:30000}'" \
+  reward.custom_reward_function.reward_kwargs.model="'${POLAR_REWARD_MODEL:-polar-nano}'" \
+  trainer.nnodes="$nodes" \
+  "$@"
