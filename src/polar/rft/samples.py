@@ -58,12 +58,15 @@ def read_sample(
         raise InputError(
             f"{row.place}: expected a reference in one of {', '.join(references)}, found none: POLAR scores against one"
         )
-    found = texts_at(row, name, at_least=1) if _several(row.fields[name]) else (text_at(row, name),)
+    found = references_at(row, name)
     return Sample(text_at(row, prompt), found, as_string(row, "output", output), row.place, opened)
 
 
-def _several(value: object) -> bool:
-    return isinstance(value, list) and not all(isinstance(item, dict) for item in value)
+def references_at(row: Row, field: str) -> tuple[Text, ...]:
+    """The references in a required field: a text, or a list that is not one of messages and holds several texts."""
+    value = row.fields.get(field)
+    several = isinstance(value, list) and not all(isinstance(item, dict) for item in value)
+    return texts_at(row, field, at_least=1) if several else (text_at(row, field),)
 
 
 def _plain(value: object) -> object:

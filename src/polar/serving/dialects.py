@@ -21,6 +21,7 @@ from uuid import uuid4
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
+from polar.endings import without_end
 from polar.records import Group
 from polar.serving.protocols import (
     ClassifyRequest,
@@ -32,21 +33,6 @@ from polar.serving.protocols import (
 )
 from polar.serving.refusal import RefusalError
 from polar.serving.service import Service
-
-END_TOKENS = (
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|eot_id|>",
-    "<|end_of_text|>",
-    "<|end|>",
-    "<|return|>",
-    "<end_of_turn>",
-    "<eos>",
-    "</s>",
-    "<｜end▁of▁sentence｜>",
-    "[EOS]",
-)
-"""What common policies end an answer with. OpenRLHF leaves it in the text; a reference has none."""
 
 
 def routes(service: Service) -> APIRouter:
@@ -184,6 +170,4 @@ def _response(query: str, prompt: str, number: int) -> str:
     """The response within prompt + response, without the token that ended it."""
     if not query.startswith(prompt):
         raise RefusalError(422, f"query[{number}]: expected it to begin with prompts[{number}]", f"query[{number}]")
-    response = query.removeprefix(prompt)
-    ends = [end for end in END_TOKENS if response.rstrip().endswith(end)]
-    return response.rstrip().removesuffix(ends[0]) if ends else response
+    return without_end(query.removeprefix(prompt))

@@ -1,0 +1,77 @@
+"""The reward function of OpenRLHF.
+
+It is given as the path of this file::
+
+    --reward.remote_url $(python -c "import polar.rft.openrlhf as f; print(f.__file__)")
+    --data.label_key label
+
+There is no place for settings in its config, so they stand in the environment (`polar.rft.settings`); on a Ray cluster
+that is the environment of the workers. The label is the reference, or what `polar rft-data --for openrlhf` writes: the
+prompt without the marks of the chat template, and one or more references. OpenRLHF logs an exception of this function
+and goes on without the reward, until it stops for want of it; with a floor it goes on with that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from polar.endings import without_end
+from polar.errors import InputError
+from polar.fields import json_object
+from polar.rft.reward import reward_for
+from polar.rft.samples import Sample, read_sample
+from polar.rft.thinking import opens_thinking
+
+LABEL = ("prompt", "references")
+"""The keys of a label in JSON."""
+
+
+def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any], **_: Any) -> dict[str, Any]:
+    """Rewards of responses; calls at the same time, from any thread, share their requests.
+
+    Args:
+        queries: Prompt and response as one text, special tokens included.
+        prompts: The prompts, as the chat template has rendered them.
+        labels: The references (see the module), or lists of several.
+
+    Returns:
+        "rewards" and "scores": the same float32 tensor of shape (queries,); "extra_logs": failed and no_answer as such.
+
+    Raises:
+        InputError: a query does not begin with its prompt, or a label is no reference.
+        RewardError: rewards could not be had, and no floor is set.
+    """
+    import torch
+
+    samples = [_sample(number, *row) for number, row in enumerate(zip(queries, prompts, labels, strict=True))]
+    scored = reward_for({}).score_all(samples)
+    rewards = torch.tensor([one.reward for one in scored])
+    logs = {
+        "failed": torch.tensor([float(one.failed) for one in scored]),
+        "no_answer": torch.tensor([float(not one.answered) for one in scored]),
+    }
+    return {"rewards": rewards, "scores": rewards, "extra_logs": logs}
+
+
+def label_of(prompt: Any, references: Sequence[Any]) -> str:
+    """The label that carries a prompt and its references, both as they stand in JSON."""
+    return json.dumps(dict(zip(LABEL, (prompt, references), strict=True)), ensure_ascii=False)
+
+
+def _sample(number: int, query: str, prompt: str, label: Any) -> Sample:
+    if not query.startswith(prompt):
+        raise InputError(f"OpenRLHF:{number}: expected a query that begins with its prompt, found {query[:40]!r}")
+    fields = json_object(label)
+    if fields is None or set(fields) != set(LABEL):
+        fields = {"prompt": prompt, "references": label}
+    return read_sample(
+        fields,
+        without_end(query.removeprefix(prompt)),
+        prompt="prompt",
+        references=("references",),
+        source="OpenRLHF",
+        number=number,
+        opened=opens_thinking(prompt),
+    )

@@ -1,0 +1,55 @@
+"""The reward of ms-swift.
+
+It is made known in a file that is given as --external_plugins::
+
+    from swift.rewards import orms
+    from polar.rft.swift import PolarReward
+    orms["polar"] = PolarReward
+
+and then `--reward_funcs polar`. Settings stand in the environment (`polar.rft.settings`). The reference is a column of
+the data set: `references`, `reference` or `solution`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from polar.rft.reward import reward_for
+from polar.rft.samples import read_sample
+
+REFERENCES = ("references", "reference", "solution")
+
+
+class PolarReward:
+    """A reward function of ms-swift, in the shape of its class ORM.
+
+    Args:
+        args: The training arguments, which ms-swift hands over; not used.
+        settings: `polar.rft.settings.Settings`, for use from Python.
+    """
+
+    def __init__(self, args: Any = None, **settings: Any) -> None:
+        self._settings = settings
+
+    def __call__(self, completions: Sequence[str], messages: Sequence[Any], **columns: Any) -> list[float]:
+        """The rewards of completions, in their order.
+
+        Args:
+            completions: What the policy wrote.
+            messages: The conversations; the completion is the last message of each.
+            columns: The columns of the data set, one value per completion.
+
+        Raises:
+            InputError: a row has no reference or no prompt.
+            RewardError: rewards could not be had, and no floor is set.
+        """
+        rows = [
+            {"prompt": conversation[:-1], **{name: columns[name][number] for name in REFERENCES if name in columns}}
+            for number, conversation in enumerate(messages)
+        ]
+        samples = [
+            read_sample(row, output, prompt="prompt", references=REFERENCES, source="ms-swift", number=number)
+            for number, (row, output) in enumerate(zip(rows, completions, strict=True))
+        ]
+        return [scored.reward for scored in reward_for(self._settings).score_all(samples)]
