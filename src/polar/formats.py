@@ -181,7 +181,7 @@ def _pair(row: Row, reference_column: str | None) -> tuple[str, Text, Rankings]:
     chosen = row.fields.get("chosen")
     if not row.has("prompt"):
         if isinstance(chosen, str) and HH_TURN.match(chosen):
-            return "HH-RLHF transcripts", *_split(row, _transcript(row, "chosen"), _transcript(row, "rejected"))
+            return "HH-RLHF transcripts", *_split(row, transcript(row, "chosen"), transcript(row, "rejected"))
         return "TRL implicit prompt", *_split(row, _messages(row, "chosen"), _messages(row, "rejected"))
     prompt = text_at(row, "prompt")
     if isinstance(chosen, list) and chosen and isinstance(chosen[0], str):
@@ -204,8 +204,12 @@ def _messages(row: Row, field: str) -> Dialogue:
     return messages
 
 
-def _transcript(row: Row, field: str) -> Dialogue:
-    """Turns of an HH-RLHF transcript; empty turns are kept."""
+def transcript(row: Row, field: str) -> Dialogue:
+    """Turns of an HH-RLHF transcript; empty turns are kept.
+
+    Raises:
+        InputError: turns do not alternate from Human to Assistant.
+    """
     before, *pieces = HH_TURN.split(string_at(row, field))
     speakers, contents = pieces[::2], pieces[1::2]
     if before or not speakers or speakers != ["Human", "Assistant"] * (len(speakers) // 2):

@@ -47,10 +47,11 @@ class Writer(Protocol):
 
 
 @contextlib.contextmanager
-def open_writer(path: str | Path) -> Iterator[Writer]:
+def open_writer(path: str | Path, schema: pa.Schema | None = None) -> Iterator[Writer]:
     """Open a file for rows: .jsonl (also .jsonl.gz, .jsonl.zst), .parquet, or "-" for JSONL on standard output.
 
-    An existing file is replaced at the end. The schema of a Parquet file is that of its first rows (up to `ROW_GROUP`).
+    An existing file is replaced at the end. A Parquet file has the schema that is given (objects then stay objects), or
+    that of its first rows (up to `ROW_GROUP`).
 
     Raises:
         InputError: For another file name, a row that does not fit, and a disk that is full or may not be written.
@@ -69,7 +70,7 @@ def open_writer(path: str | Path) -> Iterator[Writer]:
     with on_disk(path):
         file = temporary.open("wb")
     parquet = target.name.lower().endswith(PARQUET)
-    writer = _Parquet(str(path), file) if parquet else _Lines(str(path), _compressed(file, target))
+    writer = _Parquet(str(path), file, schema) if parquet else _Lines(str(path), _compressed(file, target))
     try:
         yield writer
         with on_disk(path):
@@ -163,20 +164,30 @@ class _Lines:
 
 
 class _Parquet:
-    def __init__(self, name: str, file: IO[bytes]) -> None:
-        self.name, self.file, self.rows = name, file, 0
+    def __init__(self, name: str, file: IO[bytes], schema: pa.Schema | None) -> None:
+        self.name, self.file, self.schema, self.rows = name, file, schema, 0
         self.waiting: list[dict[str, Any]] = []
         self.size = 0
         self.writer: pq.ParquetWriter | None = None
 
     def write(self, row: dict[str, Any]) -> None:
         self.rows += 1
-        self.waiting.append({key: _cell(value, f"{self.name}:{self.rows}") for key, value in row.items()})
+        if self.schema is None:
+            row = {key: _cell(value, f"{self.name}:{self.rows}") for key, value in row.items()}
+        self.waiting.append(row)
         self.size += _size(row)
         if len(self.waiting) >= ROW_GROUP or self.size >= ROW_GROUP_SIZE:
             self.write_row_group()
 
     def write_row_group(self) -> None:
+        table = self.table() if self.schema is None else pa.Table.from_pylist(self.waiting, self.schema)
+        with on_disk(self.name):
+            if self.writer is None:
+                self.writer = pq.ParquetWriter(self.file, table.schema, compression="zstd")
+            self.writer.write_table(table)
+        self.waiting, self.size = [], 0
+
+    def table(self) -> pa.Table:
         known = self.writer.schema if self.writer else None
         names = list(dict.fromkeys(name for row in self.waiting for name in row))
         if known is not None:
@@ -184,13 +195,9 @@ class _Parquet:
             if new:
                 raise self.unfit(new[0], "no field that the first rows do not have", "a new one")
             names = known.names
-        columns = {name: self.column(name, known.field(name).type if known is not None else None) for name in names}
-        table = pa.table(columns)
-        with on_disk(self.name):
-            if self.writer is None:
-                self.writer = pq.ParquetWriter(self.file, table.schema, compression="zstd")
-            self.writer.write_table(table)
-        self.waiting, self.size = [], 0
+        return pa.table(
+            {name: self.column(name, known.field(name).type if known is not None else None) for name in names}
+        )
 
     def column(self, name: str, kind: pa.DataType | None) -> pa.Array:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -38,13 +39,14 @@ COMMANDS = {
     "corpus clean": ("polar.cli.clean", "trajectories -> trajectories without loops, duplicates and test data"),
     "corpus report": ("polar.cli.report", "an HTML page about trajectories"),
     "pair": ("polar.cli.pair", "trajectories of many policies -> triples"),
+    "rft-data": ("polar.cli.rft_data", "data sets -> prompts and references for reinforcement fine-tuning"),
     "plan": ("polar.cli.plan", "learning rate, batch, memory and time of a pre-training run"),
     "scaling": ("polar.cli.scaling", "train several sizes, fit scaling laws"),
     "pretrain": ("polar.cli.train", "train a policy discriminator on triples"),
     "finetune": ("polar.cli.train", "fine-tune a reward model on preferences"),
 }
 """Command -> its module and a summary. A module is imported when its command is asked for: `--help` needs no torch.
-The function in it has the last word of the command as its name."""
+The function in it has the last word of the command as its name (rft_data for rft-data)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,7 +87,9 @@ def script() -> None:
 
 def _run(name: str, words: list[str]) -> None:
     module, _ = COMMANDS[name]
-    command: Callable[..., None] = getattr(import_module(module), {"eval": "evaluate"}.get(name, name.split()[-1]))
+    command: Callable[..., None] = getattr(
+        import_module(module), {"eval": "evaluate"}.get(name, name.split()[-1].replace("-", "_"))
+    )
     if transformers := sys.modules.get("transformers"):  # its bars for loading a few files are noise here
         transformers.utils.logging.disable_progress_bar()
     summary, examples = _documentation(command)
@@ -95,7 +99,7 @@ def _run(name: str, words: list[str]) -> None:
         help_epilogue=examples,
         help_format="plaintext",
         version_flags=[],
-        config=Env(f"POLAR_{name.upper().replace(' ', '_')}_", command=False),
+        config=Env(f"POLAR_{re.sub('[ -]', '_', name.upper())}_", command=False),
     )
     app.default(command)
     words, config = _take_config(words)

@@ -98,7 +98,7 @@ def sample(
     else:
         open_engine = cluster.open_on_cluster
         cluster.connect(ray)
-    with _progress(console) as progress:
+    with sampling_bar(console) as progress:
         task = progress.add_task("sampling", total=None, speed="")
         spent = Totals()
 
@@ -133,7 +133,8 @@ def sample(
     sys.stderr.write(f"wrote {report.manifest['totals']['samples']} samples to {output}\n")
 
 
-def _progress(console: Console) -> Progress:
+def sampling_bar(console: Console) -> Progress:
+    """Progress of samples on stderr, with a field "speed"; it shows itself only on a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     more = (TimeRemainingColumn(), TextColumn("{task.fields[speed]}"))
     return Progress(*columns, *more, console=console, disable=not console.is_terminal, transient=True)
