@@ -25,7 +25,9 @@ from tokenizers import Tokenizer
 import polar
 from polar.cli.scaling import read_sweep
 from polar.evaluation.suites import read_suite
+from polar.rft.config import RftConfig
 from polar.training.config import FinetuneConfig, PretrainConfig
+from polar.training.scratch import ScratchConfig
 from polar.writing import open_writer
 from tests.corpus.engines.tiny import save_policy
 
@@ -202,10 +204,10 @@ def test_every_recipe_is_a_valid_configuration(recipe: Path) -> None:
     elif recipe.name == "suite.yaml":
         assert read_suite(str(recipe)).description
     else:
-        values = {"data": ["x"], "output": "y", **yaml.safe_load(recipe.read_text())}
-        scratch = values.pop("scratch", {})
-        config = (FinetuneConfig if recipe.name.startswith("finetune") else PretrainConfig)(**values)
-        assert not scratch or set(scratch) <= set(type(config.scratch).__dataclass_fields__)
+        values = {"data": ["x"], "output": "y", "model": "z", **yaml.safe_load(recipe.read_text())}
+        ScratchConfig(**values.pop("scratch", {}))
+        kinds = {"finetune": FinetuneConfig, "pretrain": PretrainConfig, "rft": RftConfig}
+        kinds[re.match("[a-z]+", recipe.name)[0]](**values)
 
 
 def test_the_recipes_of_the_official_fine_tunings_differ_in_names_and_learning_rate_only() -> None:

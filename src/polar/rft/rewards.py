@@ -1,0 +1,75 @@
+"""The rewards that `polar rft` knows by name, and the verifier, all as TRL calls reward functions."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from polar.errors import InputError
+from polar.references import aggregated, groups_of
+from polar.rft.config import RftConfig
+from polar.rft.thinking import strip_thinking
+from polar.rft.trl import RewardFunction, output_of, polar_reward, samples_of
+
+ADDRESS = re.compile(r"https?://.+|[\w.-]+:\d+(,.+)?")
+"""host:port or a URL, or several of them."""
+
+
+def named_reward(config: RftConfig) -> RewardFunction:
+    """The reward that the settings name.
+
+    Raises:
+        InputError: there is no such checkpoint, or a package is missing.
+    """
+    if config.reward == "exact":
+        return verifier(config.answer_pattern)
+    if config.reward == "rouge-l":
+        return rouge_l_reward(config)
+    if ADDRESS.fullmatch(config.reward):
+        return polar_reward(
+            config.served_checkpoint, server_address=config.reward, scale=config.scale, aggregate=config.aggregate
+        )
+    return polar_reward(config.reward, scale=config.scale, aggregate=config.aggregate)
+
+
+def rouge_l_reward(config: RftConfig) -> RewardFunction:
+    """ROUGE-L F1 of a completion with its references, 0 to 1: a baseline.
+
+    Raises:
+        InputError: rapidfuzz is not installed.
+    """
+    try:
+        import rapidfuzz  # noqa: F401
+    except ImportError as error:
+        raise InputError("the reward rouge-l needs rapidfuzz: pip install 'polar-rm[eval]'") from error
+    from polar.evaluation.baselines import rouge_l
+
+    def rouge(**batch: Any) -> list[float]:
+        rewards = []
+        for sample in samples_of(batch):
+            output = strip_thinking(sample.output, opened=sample.opened)
+            references = tuple(map(strip_thinking, sample.references))
+            groups = groups_of(sample.prompt, references, (output,))
+            rewards += aggregated([rouge_l(group) for group in groups], config.aggregate)
+        return rewards
+
+    return rouge
+
+
+def verifier(pattern: str) -> RewardFunction:
+    """1 where the last match of the pattern in the answer of a completion is the wanted answer, else 0."""
+    compiled = re.compile(pattern)
+
+    def verifier(completions: list[Any], answer: list[str], **batch: Any) -> list[float]:
+        outputs = [str(strip_thinking(str(output_of(completion)))) for completion in completions]
+        return [float(extracted(compiled, output) == wanted) for output, wanted in zip(outputs, answer, strict=True)]
+
+    return verifier
+
+
+def extracted(pattern: re.Pattern[str], output: str) -> str | None:
+    """The last match in an output, of its first group if the pattern has one; None if there is none."""
+    found = None
+    for match in pattern.finditer(output):
+        found = match[1] if pattern.groups else match[0]
+    return found

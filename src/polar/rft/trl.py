@@ -1,0 +1,137 @@
+"""The reward function of TRL: GRPOTrainer, RLOOTrainer, and whatever calls reward functions as they do (TRL 1.16).
+
+    from polar.rft.trl import polar_reward
+
+    trainer = GRPOTrainer(model, reward_funcs=polar_reward("path/to/reward-model"), train_dataset=dataset, args=...)
+
+The data set has the columns prompt and reference (or references). A reference is a string, messages, or a list of
+several references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from polar.errors import InputError
+from polar.model.calibration import Scale
+from polar.model.reward_model import RewardModel
+from polar.records import Group, Text, text_of
+from polar.references import Aggregate, aggregated, groups_of
+from polar.rft.reward import Reward, reward_for
+from polar.rft.samples import Sample, read_sample
+from polar.rft.thinking import opens_thinking, strip_thinking
+from polar.template import BUNDLED_NAME
+
+RewardFunction = Callable[..., list[float]]
+"""Called by keyword: prompts, completions, and the other columns of the data set; gives one reward per completion."""
+
+REFERENCES = ("references", "reference")
+
+
+def polar_reward(
+    model: str | Path | RewardModel = BUNDLED_NAME,
+    *,
+    server_address: str | Sequence[str] | None = None,
+    scale: Scale = "raw",
+    aggregate: Aggregate = "max",
+    **server: Any,
+) -> RewardFunction:
+    """A reward function that scores completions by their closeness to the references of their prompts.
+
+    Completions that share prompt and references are scored as one group, so the shared part of their inputs is computed
+    once. Thinking is taken out of completions and references before (`polar.rft.thinking`).
+
+    Args:
+        model: A reward model or a checkpoint: a directory, a hub name, or "polar-nano" for the bundled one. It runs in
+            this process, unless there is a server.
+        server_address: Where servers of this checkpoint listen: host:port or a URL, or several of them.
+        scale: Of the rewards; see `polar.model.calibration`.
+        aggregate: What becomes of the rewards against several references.
+        server: Further settings of requests to a server (`polar.rft.settings`).
+
+    Raises:
+        InputError: the checkpoint, an address or a setting is unusable. The function itself raises it when a row has no
+            reference, and RewardError or FloatingPointError when a reward could not be had. It never returns None,
+            which TRL would leave out of the batch.
+    """
+    score: Callable[[Sequence[Sample]], list[float]]
+    if server_address is not None:
+        if isinstance(model, RewardModel):
+            raise InputError("server_address: name the checkpoint that is served there in place of a loaded model")
+        settings = {"address": server_address, "model": str(model), "scale": scale, "aggregate": aggregate, **server}
+        score = partial(_on_server, reward_for(settings))
+    else:
+        if server:
+            raise InputError(f"{', '.join(sorted(server))}: a setting of servers, but there is no server_address")
+        local = model if isinstance(model, RewardModel) else RewardModel.load(model)
+        score = partial(score_locally, local, scale=scale, aggregate=aggregate)
+
+    def polar(**batch: Any) -> list[float]:  # its name is that of the reward in TRL's logs
+        return score(samples_of(batch))
+
+    return polar
+
+
+def samples_of(batch: Mapping[str, Any]) -> list[Sample]:
+    """What TRL hands to a reward function, sample by sample.
+
+    Raises:
+        InputError: a row has no reference, or a value is no text.
+    """
+    prompts, completions = batch["prompts"], batch["completions"]
+    columns = {name: batch[name] for name in REFERENCES if name in batch}
+    samples = []
+    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        fields = {"prompt": prompt, **{name: values[number] for name, values in columns.items()}}
+        samples.append(
+            read_sample(
+                fields,
+                output_of(completion),
+                prompt="prompt",
+                references=REFERENCES,
+                source="completion",
+                number=number,
+                opened=isinstance(prompt, str) and opens_thinking(prompt),
+            )
+        )
+    return samples
+
+
+def output_of(completion: object) -> object:
+    """The text of a completion: of a conversation what the assistant says, line by line."""
+    if not isinstance(completion, list):
+        return completion
+    return "\n".join(turn["content"] or "" for turn in completion if turn["role"] == "assistant")
+
+
+def score_locally(model: RewardModel, samples: Sequence[Sample], scale: Scale, aggregate: Aggregate) -> list[float]:
+    """The rewards of samples, in their order; those with the same prompt and references are scored together.
+
+    Raises:
+        InputError: a reference has no answer, or the checkpoint has no calibration for the scale.
+        FloatingPointError: a reward is not finite.
+    """
+    together: dict[tuple[Text, tuple[Text, ...]], list[int]] = {}
+    for number, sample in enumerate(samples):
+        together.setdefault((sample.prompt, tuple(map(strip_thinking, sample.references))), []).append(number)
+    outputs = [strip_thinking(sample.output, opened=sample.opened) for sample in samples]
+    groups: list[Group] = []
+    for (prompt, references), numbers in together.items():
+        if not all(text_of(reference).strip() for reference in references):
+            place = samples[numbers[0]].place
+            raise InputError(f"{place}: expected a reference with an answer, found only thinking or white space")
+        groups += groups_of(prompt, references, tuple(outputs[number] for number in numbers))
+    scored = iter(model.score_groups(groups, scale=scale))
+    rewards = [0.0] * len(samples)
+    for (_, references), numbers in together.items():
+        own = aggregated([next(scored) for _ in references], aggregate)
+        for number, value in zip(numbers, own, strict=True):
+            rewards[number] = value
+    return rewards
+
+
+def _on_server(reward: Reward, samples: Sequence[Sample]) -> list[float]:
+    return [scored.reward for scored in reward.score_all(samples)]
