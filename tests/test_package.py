@@ -140,7 +140,7 @@ def test_the_readmes_commands_run(tmp_path: Path, tokenizer: Tokenizer) -> None:
     }
     lines = [line for block in readme_blocks("bash") for line in block.splitlines() if line.startswith("polar ")]
     assert [shlex.split(line)[1] for line in lines] == [
-        *"score score convert score serve parity sample corpus corpus pair pretrain finetune eval".split()
+        *"score score convert score serve parity sample corpus corpus pair pretrain finetune eval rft-data".split()
     ]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

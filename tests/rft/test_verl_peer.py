@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 
 from polar import Comparison, Message, RewardError, RewardModel
+from polar.cli.main import main
+from polar.rft.tasks import BOXED
 from polar.template import BUNDLED_MODEL
 from tests.serving.serving import Process, serving
 
@@ -185,6 +188,46 @@ def test_the_batch_reward_manager_of_older_versions(server: Process, tokenizer: 
     lengths = data.batch["attention_mask"][:, 4:].sum(1)
     assert found["reward_tensor"][range(len(ROWS)), lengths - 1].tolist() == pytest.approx(expected, abs=1e-4)
     assert set(found["reward_extra_info"]) == {"score", "failed", "no_answer"}
+
+
+def test_verl_reads_the_file_of_rft_data(server: Process, tokenizer: Any, tmp_path: Path) -> None:
+    """From public rows to rewards: our file, verl's data set and collation, its reward manager."""
+    import torch
+    from verl import DataProto
+    from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
+
+    rows = [
+        {"problem": "How much is 1+1?", "solution": "It is $\\boxed{2}$."},
+        {"prompt": [{"role": "user", "content": "2+2?"}], "references": ["It is 4.", "four"]},
+        {"chosen": "\n\nHuman: 3+3?\n\nAssistant: 6"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    file = tmp_path / "train.parquet"
+    assert main(["rft-data", str(tmp_path / "rows.jsonl"), "--output", str(file)]) == 0
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    config = config_for(server.url, f"data.train_files={file}", "data.filter_overlong_prompts_workers=null")
+    dataset = RLHFDataset(str(file), tokenizer, config.data)
+    batch = collate_fn([dataset[number] for number in range(len(rows))])
+    output = "It is 4."
+    ids = tokenizer.encode(output, add_special_tokens=False)
+    tensors = {"responses": torch.tensor([ids] * 3), "attention_mask": torch.ones(3, len(ids), dtype=torch.long)}
+    others = {name: batch[name] for name in ("data_source", "reward_model", "extra_info")}
+    data = DataProto.from_dict(tensors=tensors, non_tensors=others)
+
+    from verl.trainer.ppo.reward import load_reward_manager
+
+    async def run() -> list[Any]:
+        manager = load_reward_manager(config, tokenizer)
+        return await asyncio.gather(*(manager.run_single(data[i : i + 1]) for i in range(3)))
+
+    model = RewardModel.load(device="cpu")
+    prompts = [f"How much is 1+1? {BOXED}", "2+2?", "3+3?"]
+    references = [["It is $\\boxed{2}$."], ["It is 4.", "four"], ["6"]]
+    expected = [
+        max(model.score([Comparison(prompt, reference, output) for reference in several]))
+        for prompt, several in zip(prompts, references, strict=True)
+    ]
+    assert [one["reward_score"] for one in asyncio.run(run())] == pytest.approx(expected, abs=1e-4)
 
 
 # The recipes
