@@ -23,7 +23,8 @@ finetune "$work/random" train.jsonl without-pretraining
 finetune "$work/random" train-without-reference.jsonl without-pretraining-and-reference
 
 evaluate() { # evaluate MODEL OUTPUT OPTIONS
-  polar eval "$here/suite.yaml" --data "$work" --model "$1" --output "$work/runs/$2" --limit 500 "${@:3}"
+  polar eval "$here/suite.yaml" --data "$work" --model "$1" --output "$work/runs/$2" --limit 500 \
+    --max-length 1024 --max-response-length 256 "${@:3}"
 }
 evaluate polar-nano polar-nano --without-reference ${embedding:+--embedding "$embedding"}
 evaluate "$work/finetuned" finetuned

@@ -1,4 +1,8 @@
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -136,6 +140,35 @@ def test_a_run_that_was_killed_goes_on_from_its_records(
     assert [each.hash for each in resumed.datasets] == [each.hash for each in whole.datasets]
 
 
+def test_a_process_that_is_killed_goes_on_where_it_was(files: tuple[str, str], tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}?", "reference": f"it is {n}", "chosen": f"{n}", "rejected": "no"} for n in range(4000)]
+    path = write_rows(tmp_path / "many.jsonl", rows)
+
+    def command(output: str) -> list[str]:
+        words = ["eval", "--preferences", path, "--baselines-only", "--output", str(tmp_path / output)]
+        return [sys.executable, "-m", "polar.cli.main", *words]
+
+    process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL)
+    shards = [tmp_path / "killed" / "records" / f"many-{number:05}.parquet" for number in range(4)]
+    deadline = time.monotonic() + 120
+    while not shards[0].exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    written = {shard: shard.stat() for shard in shards if shard.exists()}
+    assert 0 < len(written) < 4
+    assert not read_manifest(tmp_path / "killed").finished
+    subprocess.run(command("killed"), stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(command("whole"), stdout=subprocess.DEVNULL, check=True)
+    for shard, before in written.items():  # what was there is not scored again
+        assert (shard.stat().st_mtime_ns, shard.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    killed, whole = (list(read_records(tmp_path / name, texts=True)) for name in ("killed", "whole"))
+    assert killed == whole
+    assert len(killed) == 4000
+    summaries = [(tmp_path / name / "summary.json").read_text("utf-8") for name in ("killed", "whole")]
+    assert summaries[0] == summaries[1]
+
+
 def test_records_of_another_run_or_of_other_data_are_never_mixed(
     checkpoint: Path, files: tuple[str, str], tmp_path: Path
 ) -> None:
@@ -143,7 +176,7 @@ def test_records_of_another_run_or_of_other_data_are_never_mixed(
     evaluate(output, files, model=str(checkpoint))
     with pytest.raises(InputError, match="records of another run .its settings"):
         evaluate(output, files, model=str(checkpoint), limit=3)
-    with pytest.raises(InputError, match="records of another run .its model"):
+    with pytest.raises(InputError, match="its model: .*, weights .*; now: .*, weights"):
         evaluate(output, files, model=str(checkpoint), max_length=300)
     text = Path(files[0]).read_text("utf-8")
     Path(files[0]).write_text(text.replace("score?", "score!"), "utf-8")

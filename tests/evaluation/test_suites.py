@@ -7,6 +7,7 @@ from polar.evaluation.items import Item
 from polar.evaluation.probes import INJECTION, PROBES, REWORDINGS, TRANSFORMATIONS, probed
 from polar.evaluation.suites import SUITES, ReferenceSource, read_suite
 from polar.records import Group
+from tests.evaluation.evaluating import write_rows
 
 SUITE = """
 datasets:
@@ -63,6 +64,12 @@ def test_a_mistake_in_a_suite_is_named_with_its_place(tmp_path: Path, text: str,
 def test_an_unknown_suite_is_told_which_there_are() -> None:
     with pytest.raises(InputError, match="a YAML file or one of judgebench, ppe"):
         read_suite("rewardbench-3")
+
+
+def test_data_in_place_of_a_suite_is_told_where_it_belongs(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "data.jsonl", [{"prompt": "p"}])
+    with pytest.raises(InputError, match="expected a suite .* with --triples or --preferences"):
+        read_suite(path)
 
 
 def test_probes_change_one_candidate_and_keep_what_it_says() -> None:

@@ -1,3 +1,5 @@
+import tracemalloc
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +17,7 @@ from polar.metrics import clustered_mean
 from tests.evaluation.evaluating import manifest, record
 
 
-def summary(of: Manifest, records: list[Record]) -> Summary:
+def summary(of: Manifest, records: Iterable[Record]) -> Summary:
     return summary_of(survey_of(of, records))
 
 
@@ -181,3 +183,17 @@ def test_the_calibration_error_of_bradley_terry_rewards_is_small_and_that_of_dou
         found = diagnosis(records)
         assert low <= found.calibration_error <= high
         assert sum(each.accuracy.count for each in found.by_confidence) == 1500
+
+
+def test_few_numbers_stay_of_every_record() -> None:
+    def held(count: int) -> int:
+        """Bytes at the highest moment."""
+        made = (record((1, 0), (number % 7, 3), number=number, slices=("hard",)) for number in range(count))
+        tracemalloc.start()
+        summary(manifest(), made)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    held(100)  # imports
+    assert (held(12_000) - held(4_000)) / 8_000 < 400

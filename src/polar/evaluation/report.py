@@ -263,15 +263,17 @@ def _warnings_of(survey: Surveyed) -> Iterator[str]:
         if dataset.skipped:
             first = f"; the first: {dataset.first_reasons[0]}" if dataset.first_reasons else ""
             yield f"{dataset.name}: {dataset.skipped:,} rows could not be used{first}"
-    for result in survey.summary.results:
-        if result.dataset is None or not _part_of(result).whole:
-            continue
-        if result.truncated > MANY_CUT * result.items:
-            yield f"{result.dataset}: {result.truncated / result.items:.0%} of the items were cut to fit the model."
-        if result.reference_copies:
-            yield (
-                f"{result.dataset}: in {result.reference_copies:,} of {result.items:,} items a best candidate is the "
-                "reference word by word; measures of overlap prefer it by construction."
-            )
-        if next(iter(result.accuracy.values())).clusters < FEW_CLUSTERS:
-            yield f"{result.dataset}: fewer than {FEW_CLUSTERS} prompts, so there are no verdicts."
+    whole = [result for result in survey.summary.results if result.dataset is not None and _part_of(result).whole]
+    if cut := [
+        f"{one.dataset} ({one.truncated / one.items:.0%})" for one in whole if one.truncated > MANY_CUT * one.items
+    ]:
+        yield f"Items were cut to fit the model: {', '.join(cut)}. Measures of overlap read all of them."
+    if copies := [
+        f"{one.dataset} ({one.reference_copies:,} of {one.items:,})" for one in whole if one.reference_copies
+    ]:
+        yield (
+            f"A best candidate is the reference word by word: {', '.join(copies)}. Measures of overlap prefer it by "
+            "construction."
+        )
+    if few := [one.dataset or "" for one in whole if next(iter(one.accuracy.values())).clusters < FEW_CLUSTERS]:
+        yield f"Fewer than {FEW_CLUSTERS} prompts, so there are no verdicts: {', '.join(few)}."

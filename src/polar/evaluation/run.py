@@ -10,7 +10,7 @@ from pathlib import Path
 from polar.errors import InputError
 from polar.evaluation.baselines import Scorer
 from polar.evaluation.items import SHOWN_DIGITS, Item, fingerprint, sample, stretches
-from polar.evaluation.manifest import MANIFEST, DatasetFacts, Manifest, read_manifest, write_manifest
+from polar.evaluation.manifest import MANIFEST, DatasetFacts, Manifest, ModelFacts, read_manifest, write_manifest
 from polar.evaluation.probes import read_paraphrases, with_probes
 from polar.evaluation.records import (
     MODEL,
@@ -137,6 +137,11 @@ def _continued(directory: Path, manifest: Manifest) -> Manifest:
 
 
 def _short(value: object) -> str:
+    if value is None:
+        return "none, the baselines alone"
+    if isinstance(value, ModelFacts):
+        hashes = f"weights {value.hash[:8]}, template {value.template_hash[:8]}"
+        value = f"{value.name}, {hashes}, {value.dtype} on {value.device}"
     text = " ".join(str(value).split())
     return text if len(text) <= 150 else text[:150] + "..."
 

@@ -143,6 +143,8 @@ def read_suite(name: str, data: str | None = None, references: ReferenceSource |
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in SUITES.glob("*.yaml")))
         raise InputError(f"{name}: no such suite; expected a YAML file or one of {known}")
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        raise InputError(f"{name}: expected a suite (.yaml); name files of data with --triples or --preferences")
     base = Path(data) if data is not None else Path() if path == packaged else path.parent
     try:
         suite = Suite.model_validate(yaml.safe_load(path.read_text("utf-8")))
