@@ -4,14 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import linear, scaled_dot_product_attention
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.functional import linear
 
-from polar import RewardModel
-from polar.model import products
-from polar.model.attention import causal_bias
-from polar.model.products import _keep_freed_memory, _OneDnn, fast_products
-from polar.model.tree import rewards, tree_batch
-from polar.template import EncodedGroup
+from polar.model.products import _keep_freed_memory, _OneDnn, fast_products, few_lengths
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -45,42 +42,12 @@ def test_a_weight_with_gaps_in_memory_is_copied(monkeypatch: pytest.MonkeyPatch)
     assert [one.is_contiguous() for one in seen] == [True]
 
 
-@needs_onednn
-@pytest.mark.parametrize(("heads", "key_heads"), [(6, 2), (3, 3)])
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (64, 64), (300, 300), (7, 90), (200, 461)])
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_attention_is_that_of_torch(
-    heads: int,
-    key_heads: int,
-    queries: int,
-    keys: int,
-    dtype: torch.dtype,
-    error: float,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(products, "SMALL_ATTENTION", 0)
-    query = torch.randn(1, queries, heads, 32, dtype=dtype).transpose(1, 2)
-    key, value = torch.randn(2, 1, keys, key_heads, 32, dtype=dtype).transpose(2, 3)
-    bias = None if queries == keys else causal_bias(query, keys)
-    options: dict[str, Any] = {"attn_mask": bias, "is_causal": bias is None, "scale": 0.3, "enable_gqa": True}
-    with torch.inference_mode():
-        expected = scaled_dot_product_attention(query, key, value, **options)
-        with _OneDnn():
-            found = scaled_dot_product_attention(query, key, value, **options)
-    assert found.dtype is dtype
-    assert torch.allclose(found, expected, atol=error)
-
-
-@needs_onednn
-@pytest.mark.parametrize("branches", [[40], [30, 1, 55]])
-def test_rewards_are_the_same(branches: list[int], reward_model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "SMALL_ATTENTION", 0)
-    group = EncodedGroup(list(range(10, 80)), [list(range(10, 10 + length)) for length in branches], [])
-    with torch.inference_mode():
-        expected = rewards(reward_model.model, tree_batch([group]))
-        with _OneDnn():
-            found = rewards(reward_model.model, tree_batch([group]))
-    assert torch.allclose(found, expected, atol=1e-4)
+@given(st.integers(1, 40_000))
+def test_rows_have_few_lengths_and_little_padding(tokens: int) -> None:
+    length = few_lengths(tokens)
+    assert tokens <= length < tokens + max(32, tokens / 8)
+    assert few_lengths(length) == length
+    assert len({few_lengths(other) for other in range(tokens, 2 * tokens)}) <= 33
 
 
 @pytest.mark.parametrize(

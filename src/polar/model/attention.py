@@ -26,6 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from polar.errors import InputError
+from polar.model.blocks import RowBlocks, block_attention
 
 TREE_ATTENTION = "polar_tree"
 """The name to give as `attn_implementation`."""
@@ -114,6 +115,7 @@ def tree_attention(
     """
     if "seen_K" in kwargs:
         return _flash_attention(query_1HTD, key_1HTD, value_1HTD, dropout, scaling, **kwargs), None
+    blocks: tuple[RowBlocks, RowBlocks] | None = kwargs.pop("blocks", None)
     more = {"dropout": dropout, "scaling": scaling, **kwargs}
     if isinstance(attention_mask, BlockMask):
         return _library("flex_attention")(module, query_1HTD, key_1HTD, value_1HTD, attention_mask, **more)
@@ -123,6 +125,11 @@ def tree_attention(
         raise InputError(
             f"{type(module).__name__}: attention with {', '.join(unknown)} is not supported on this device"
         )
+    if blocks is not None:
+        every_layer, last_layer = blocks
+        config: Any = module.config
+        row = last_layer if module.layer_idx == config.num_hidden_layers - 1 else every_layer
+        return block_attention(query_1HTD, key_1HTD, value_1HTD, row, scaling), None
     # Split and not sliced: the gradient of a slice is as long as the row, and there are as many as segments.
     table = attention_mask[0, 0].tolist()
     lengths = [end - start for *_, start, end in table]

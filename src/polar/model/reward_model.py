@@ -32,7 +32,7 @@ from polar.model.attention import TREE_ATTENTION
 from polar.model.calibration import Calibration, Scale, read_calibration, scaling, with_reference
 from polar.model.files import local_directory, read_json, reason
 from polar.model.probes import write_probes
-from polar.model.products import fast_products
+from polar.model.products import fast_products, onednn_helps
 from polar.model.tree import rewards, row_length, tree_batch
 from polar.records import Comparison, Group
 from polar.template import BUNDLED_MODEL as BUNDLED_MODEL
@@ -220,9 +220,11 @@ class RewardModel:
     ) -> list[list[float]]:
         """Rewards of groups that the template has encoded already; see `score_groups`."""
         scores: list[list[float]] = [[] for _ in groups]
+        in_blocks = onednn_helps(self.device, self.model.dtype)
         for row in _rows(groups, batch_tokens or (4096 if self.device.type == "cpu" else 16384)):
+            batch = tree_batch([piece for _, piece in row], in_blocks=in_blocks).to(self.device)
             with fast_products(self.device, self.model.dtype):
-                values = rewards(self.model, tree_batch([piece for _, piece in row]).to(self.device)).tolist()
+                values = rewards(self.model, batch).tolist()
             if progress is not None:
                 progress(len(values))
             for index, piece in row:

@@ -9,7 +9,8 @@ Shape legend: T tokens of the row, N candidates of the row, S segments, H hidden
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
@@ -26,6 +27,9 @@ from polar.model.attention import (
     segment_table,
     varlen_arguments,
 )
+from polar.model.blocks import row_blocks
+from polar.model.last_layer import last_layer_only_at
+from polar.model.products import few_lengths
 from polar.template import EncodedGroup
 
 
@@ -39,11 +43,16 @@ class TreeBatch:
     """Who sees whom (`polar.model.attention`); always on the CPU."""
     scores_N: Tensor
     """Where the score tokens stand, candidates in the order of the groups: found by length, never by a search."""
+    in_blocks: bool = False
+    """Attention is computed by blocks (`polar.model.blocks`), without a gradient and at the end only for `scores_N`."""
 
     def to(self, device: torch.device | str) -> TreeBatch:
         """The same batch on another device."""
-        return TreeBatch(
-            self.ids_1T.to(device), self.positions_1T.to(device), self.table_11S4, self.scores_N.to(device)
+        return replace(
+            self,
+            ids_1T=self.ids_1T.to(device),
+            positions_1T=self.positions_1T.to(device),
+            scores_N=self.scores_N.to(device),
         )
 
 
@@ -52,8 +61,14 @@ def row_length(group: EncodedGroup) -> int:
     return len(group.prefix) + sum(map(len, group.branches))
 
 
-def tree_batch(groups: Sequence[EncodedGroup]) -> TreeBatch:
-    """Lay groups out one after the other; every group has at least one branch."""
+def tree_batch(groups: Sequence[EncodedGroup], *, in_blocks: bool = False) -> TreeBatch:
+    """Lay groups out one after the other; every group has at least one branch.
+
+    Args:
+        groups: The groups.
+        in_blocks: For scoring on a CPU: attention by blocks, and a row of one of few lengths. No segment holds what the
+            row is padded with, so it sees nothing and nothing sees it.
+    """
     ids: list[int] = []
     positions: list[int] = []
     segments: list[tuple[int, int, int, int]] = []
@@ -69,8 +84,15 @@ def tree_batch(groups: Sequence[EncodedGroup]) -> TreeBatch:
             segments.append((first, first, first, ends[0]))
         segments += [(first, ends[0], start, end) for start, end in pairwise(ends)]
         scores += [end - 1 for end in ends[1:]]
+    if in_blocks:
+        padding = [0] * (few_lengths(len(ids)) - len(ids))
+        ids, positions = ids + padding, positions + padding
     return TreeBatch(
-        torch.tensor([ids]), torch.tensor([positions]), segment_table(segments), torch.tensor(scores, dtype=torch.long)
+        torch.tensor([ids]),
+        torch.tensor([positions]),
+        segment_table(segments),
+        torch.tensor(scores, dtype=torch.long),
+        in_blocks,
     )
 
 
@@ -97,15 +119,27 @@ def _attention(model: PreTrainedModel, batch: TreeBatch) -> dict[str, Any]:
     """Who sees whom, in the form that this device takes; no mask for a single sequence, which is plainly causal."""
     if model.config._attn_implementation != TREE_ATTENTION:
         model.set_attn_implementation(TREE_ATTENTION)
+    device = batch.ids_1T.device
+    if batch.in_blocks:
+        shape = batch.ids_1T.shape[1], model.config.num_attention_heads, model.config.num_key_value_heads
+        last_layer = row_blocks(batch.table_11S4, *shape, only_at=set(batch.scores_N.tolist()))
+        blocks = (row_blocks(batch.table_11S4, *shape), last_layer)
+        return {"attention_mask": batch.table_11S4, "blocks": blocks}
     if len(batch.table_11S4[0, 0]) == 1:
         return {"attention_mask": None}
-    device = batch.ids_1T.device
     if has_flash_attention(device, model.dtype):
         return {"attention_mask": batch.table_11S4, **varlen_arguments(batch.table_11S4, device)}
     drops = model.training and getattr(model.config, "attention_dropout", 0.0) > 0  # FlexAttention has no dropout
     if has_flex_attention(device) and not drops:
         return {"attention_mask": block_mask(batch.table_11S4, device)}
     return {"attention_mask": batch.table_11S4}
+
+
+def _last_layer(model: PreTrainedModel, batch: TreeBatch) -> AbstractContextManager[None]:
+    """Without gradients the last layer is only computed where it is read."""
+    if not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return last_layer_only_at(model, batch.scores_N, batch.ids_1T.shape[1])
 
 
 def rewards(model: PreTrainedModel, batch: TreeBatch, last_hidden_1TH: Tensor | None = None) -> Tensor:
@@ -117,7 +151,8 @@ def rewards(model: PreTrainedModel, batch: TreeBatch, last_hidden_1TH: Tensor | 
         last_hidden_1TH: The backbone's output, when the caller has it already.
     """
     if last_hidden_1TH is None:
-        last_hidden_1TH = hidden_states(model, batch).last_hidden_state
+        with _last_layer(model, batch):
+            last_hidden_1TH = hidden_states(model, batch).last_hidden_state
     hidden_NH = last_hidden_1TH[0, batch.scores_N]
     head: Any = model.score
     bias = None if head.bias is None else head.bias.float()

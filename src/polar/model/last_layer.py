@@ -1,0 +1,67 @@
+"""The last layer, computed only where a reward is read.
+
+Keys and values of the last layer are needed of all tokens, but nothing reads its output anywhere else than at the score
+tokens. So queries, the output projection and the feed-forward part are computed for these alone: hooks on the parts
+take the rows out before and put the results back among zeros. In a model of 10 layers this saves almost a tenth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose layers have the parts that are named below."""
+
+_READ: ContextVar[tuple[Tensor, int] | None] = ContextVar("read", default=None)
+"""Where the rewards of this thread's row are read, and the length of the row."""
+
+
+@contextmanager
+def last_layer_only_at(model: PreTrainedModel, scores_N: Tensor, tokens: int) -> Iterator[None]:
+    """A context in which the last hidden states of a row of `tokens` are right at `scores_N` and nowhere else.
+
+    Other threads that use the model at the same time are not affected.
+    """
+    if model.config.model_type not in ARCHITECTURES:
+        yield
+        return
+    _add_hooks(model)
+    token = _READ.set((scores_N, tokens))
+    try:
+        yield
+    finally:
+        _READ.reset(token)
+
+
+def _add_hooks(model: PreTrainedModel) -> None:
+    """They stay, and do nothing outside the context."""
+    layer = getattr(model, model.base_model_prefix).layers[-1]
+    for part in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp):
+        if _take not in part._forward_pre_hooks.values():
+            part.register_forward_pre_hook(_take)
+            part.register_forward_hook(_put_back)
+
+
+def _take(part: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    read = _READ.get()
+    if read is None:
+        return None
+    values_1TX, *others = arguments
+    return values_1TX[:, read[0]], *others
+
+
+def _put_back(part: torch.nn.Module, arguments: tuple[Any, ...], output_1NX: Tensor) -> Tensor | None:
+    read = _READ.get()
+    if read is None:
+        return None
+    scores_N, tokens = read
+    output_1TX = output_1NX.new_zeros(1, tokens, output_1NX.shape[-1])
+    output_1TX[:, scores_N] = output_1NX
+    return output_1TX

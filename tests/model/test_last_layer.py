@@ -1,0 +1,51 @@
+"""The last layer is computed only where rewards are read; rewards stay the same, also for threads beside it."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from polar import RewardModel
+from polar.model.last_layer import last_layer_only_at
+from polar.model.tree import rewards, tree_batch
+from polar.template import EncodedGroup
+
+GROUPS = [EncodedGroup(list(range(10, 40)), [[50, 51, 52], [60] * 70], []), EncodedGroup([], [[7, 8, 9]], [])]
+
+
+def test_fewer_rows_are_computed_and_rewards_are_the_same(reward_model: RewardModel) -> None:
+    model, batch = reward_model.model, tree_batch(GROUPS)
+    rows: list[list[int]] = []
+    handles = [
+        layer.mlp.down_proj.register_forward_hook(lambda part, values, output: rows[-1].append(output.shape[1]))
+        for layer in model.model.layers
+    ]
+    try:
+        found = []
+        for context in (torch.no_grad(), torch.inference_mode(), torch.no_grad()):
+            rows.append([])
+            with context:
+                found.append(rewards(model, batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    tokens, layers = batch.ids_1T.shape[1], len(model.model.layers)
+    assert rows == [[tokens] * layers, [tokens] * (layers - 1) + [3], [tokens] * layers]
+    assert torch.allclose(found[0], found[1], atol=1e-5)
+    assert torch.equal(found[0], found[2])
+
+
+def test_threads_do_not_see_each_others_rows(reward_model: RewardModel) -> None:
+    loads = [[EncodedGroup(list(range(9, 9 + length)), [[5] * length, [6, 7]], [])] for length in range(2, 40)]
+    expected = [reward_model.score_encoded(load) for load in loads]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(reward_model.score_encoded, loads))
+    for own, others in zip(expected, found, strict=True):
+        assert own[0] == pytest.approx(others[0], abs=1e-5)
+
+
+def test_other_architectures_are_left_alone(reward_model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_model.model.config, "model_type", "another", raising=False)
+    with torch.inference_mode(), last_layer_only_at(reward_model.model, torch.tensor([1]), 3):
+        hidden = reward_model.model.model(torch.tensor([[4, 5, 6]])).last_hidden_state
+    assert bool(hidden.abs().sum(-1).gt(0).all())
