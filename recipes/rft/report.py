@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from polar.rft.guard import Measurement, has_parted
+
 ARMS = {
     "polar": "POLAR: pre-trained, fine-tuned",
     "scratch": "fine-tuned only",
@@ -39,6 +41,13 @@ def unexplained(start: Result, end: Result) -> float | None:
     return float(1 - explained / rise)
 
 
+def guard_stops(held_out: Sequence[Result]) -> int | None:
+    """The step at which `polar rft --guard --guard-window 4` would have stopped the run; None: it would not have."""
+    measured = [Measurement(**row) for row in held_out]
+    ends = range(1, len(measured) + 1)
+    return next((measured[end - 1].step for end in ends if has_parted(measured[:end], 4, 0.02)), None)
+
+
 def figures(result: Result) -> dict[str, float | None]:
     """What a run came to."""
     held_out, steps = result["held_out"], result["steps"]
@@ -53,6 +62,7 @@ def figures(result: Result) -> dict[str, float | None]:
         "unexplained": None if (share := unexplained(start, end)) is None else 100 * share,
         "KL": fmean(row["kl"] for row in last),
         "tokens": end["length"],
+        "guard stops": guard_stops(held_out),
         "judge": 100 * result["judge"]["words"] if "judge" in result else 100.0,
         "judge, digits": 100 * result["judge"]["digits"] if "judge" in result else 100.0,
     }
@@ -72,7 +82,7 @@ def estimate(values: Sequence[float | None]) -> dict[str, float | int | None]:
     """Mean and standard error of what there is."""
     known = [value for value in values if value is not None]
     error = stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None
-    return {"mean": fmean(known) if known else None, "error": error, "count": len(known)}
+    return {"mean": fmean(known) if known else None, "error": error, "count": len(known), "runs": len(values)}
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
@@ -89,6 +99,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         "rise not explained": cell("unexplained", ".0f"),
         "KL": cell("KL", ".2f"),
         "tokens": cell("tokens", ".1f"),
+        "guard stops at": lambda figures: stops(figures["guard stops"]),
         "as a judge": cell("judge", ".1f"),
         "as a judge, reference in digits": cell("judge, digits", ".1f"),
     }
@@ -105,6 +116,11 @@ def shown(value: dict[str, Any], form: str) -> str:
     if value["mean"] is None:
         return "–"
     return f"{value['mean']:{form}}" + ("" if value["error"] is None else f" ± {value['error']:{form}}")
+
+
+def stops(value: dict[str, Any]) -> str:
+    """The mean step and in how many runs, or that it never was."""
+    return "never" if value["mean"] is None else f"{value['mean']:.0f} ({value['count']} of {value['runs']})"
 
 
 def plot(results: Sequence[Result], path: Path) -> None:

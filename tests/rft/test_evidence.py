@@ -97,6 +97,14 @@ def test_a_rise_by_more_right_outputs_alone_is_explained(recipe: Any) -> None:
     assert report.unexplained(start, measured(9, 0.5, 0.5, 1.0, 0.0)) is None
 
 
+def test_the_guard_is_asked_after_every_measurement(recipe: Any) -> None:
+    report = recipe("report")
+    runs = [(0, 1.0, 0.3), (20, 2.0, 0.6), (40, 3.0, 0.4), (60, 4.0, 0.1), (80, 5.0, 0.0)]
+    held_out = [measured(step, reward, accuracy, 4.0, 0.0) for step, reward, accuracy in runs]
+    assert report.guard_stops(held_out) == 60
+    assert report.guard_stops(held_out[:3]) is None
+
+
 def test_table_and_plot_come_from_the_runs(recipe: Any, tmp_path: Path) -> None:
     report = recipe("report")
     runs = [
@@ -117,6 +125,7 @@ def test_table_and_plot_come_from_the_runs(recipe: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_whole_recipe_at_a_small_scale(tmp_path: Path) -> None:
     """Every stage by its own command; the numbers mean nothing at this size."""
     small = tmp_path / "recipe"
@@ -135,8 +144,8 @@ def test_the_whole_recipe_at_a_small_scale(tmp_path: Path) -> None:
         (small / file.name).write_text(yaml.safe_dump(settings), "utf-8")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(small / "evidence.py"), str(tmp_path / "work"), "--seeds", "3"]
-    subprocess.run(command, check=True, env=environment, timeout=280)
-    again = subprocess.run(command, check=True, env=environment, timeout=60, capture_output=True, text=True)
+    subprocess.run(command, check=True, env=environment, timeout=1500)
+    again = subprocess.run(command, check=True, env=environment, timeout=200, capture_output=True, text=True)
     assert "+ polar" not in again.stdout  # everything is there
     output = tmp_path / "report"
     subprocess.run(

@@ -10,13 +10,15 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from polar import InputError
+from polar import Comparison, InputError, RewardError, Template
 from polar.cli.main import main
 from polar.rft import grpo
 from polar.rft.config import RftConfig
 from polar.rft.curves import read_figures
 from polar.rft.guard import Measurement
 from polar.rft.rewards import named_reward, verifier
+from tests.client.fakes import Fake
+from tests.client.fakes import reward as server_reward
 from tests.corpus.engines.tiny import save_policy
 
 ROWS = [
@@ -122,6 +124,25 @@ def test_the_truth_is_asked_for_where_it_is_needed(words: list[str], more: list[
     assert main([*words, *more]) == 2
 
 
+def test_a_reward_that_cannot_be_had_ends_the_run_and_the_policy_stays(
+    words: list[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(config: RftConfig) -> Any:
+        calls = iter(range(9))
+
+        def reward(prompts: list[str], **batch: Any) -> list[float]:
+            if next(calls) == 3:
+                raise RewardError([None], {0: "the server is gone"})
+            return [float(number) for number, _ in enumerate(prompts)]
+
+        return reward
+
+    monkeypatch.setattr(grpo, "named_reward", failing)
+    assert main(words) == 2
+    assert len(read_figures(tmp_path / "run" / "steps.jsonl")) == 1
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "last")
+
+
 def test_an_output_directory_must_be_new(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
@@ -140,6 +161,13 @@ def test_the_verifier_reads_the_last_number_of_the_answer(output: str, verdict: 
 def test_a_group_of_the_pattern_is_the_answer() -> None:
     boxed = verifier(r"boxed\{(\d+)\}")
     assert boxed(completions=["boxed{4} of 9"], answer=["4"]) == [1]
+
+
+def test_an_address_is_a_server(fake: Fake, served: Path, template: Template) -> None:
+    config = RftConfig(model="", data=["-"], output="", reward=fake.address, served_checkpoint=str(served))
+    found = named_reward(config)(prompts=["p"], completions=["a fox"], references=[["a dog"]])
+    (ids,) = template.encode(Comparison("p", "a dog", "a fox")).sequences()
+    assert found == pytest.approx([server_reward(ids)])
 
 
 def test_rouge_l_takes_the_closest_reference() -> None:

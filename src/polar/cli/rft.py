@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from polar.client.errors import RewardError
 from polar.errors import InputError
 from polar.rft.config import RftConfig
 
@@ -26,7 +27,10 @@ def rft(config: RftConfig) -> None:
         from polar.rft.curves import plot_run
     except ImportError as error:
         raise InputError(f"polar rft needs TRL: pip install 'polar-rm[rft]' ({error})") from error
-    measurements = grpo.train(config)
+    try:
+        measurements = grpo.train(config)
+    except RewardError as error:
+        raise InputError(f"{error}; the policy as it was then is in {config.output}/last") from error
     plot_run(config.output)
     for measured in (measurements[0], measurements[-1]) if measurements else ():
         sys.stderr.write(f"held-out prompts, {measured}\n")

@@ -111,7 +111,10 @@ def train(config: RftConfig) -> list[Measurement]:
         callbacks=[watch],
     )
     trainer.remove_callback(_printer())
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        watch.save(model, "last")  # also when a reward could not be had, or the run is interrupted
     return watch.measurements
 
 
@@ -272,10 +275,6 @@ class Watch(TrainerCallback):
                 )
                 control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Save the policy as it is now."""
-        self._save(model, "last")
-
     def _measure(self, model: Any, step: int) -> None:
         if not self.examiner.tasks:
             return
@@ -284,9 +283,10 @@ class Watch(TrainerCallback):
         _append(self.output / "held-out.jsonl", measured.as_row())
         log.info("%s", measured)
         if all(measured.quality > earlier.quality for earlier in self.measurements[:-1]):
-            self._save(model, "best")
+            self.save(model, "best")
 
-    def _save(self, model: Any, name: str) -> None:
+    def save(self, model: Any, name: str) -> None:
+        """Save the policy as it is now."""
         directory = self.output / name
         model.save_pretrained(directory)
         self.examiner.tokenizer.save_pretrained(directory)
