@@ -128,7 +128,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, (arm, label) in enumerate(ARMS.items()):
         runs = [result["held_out"] for result in results if result["arm"] == arm]
@@ -148,7 +148,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
             axes.plot(steps, means, color=f"C{number}", linewidth=2, label=label)
     left.set(xlabel="step", ylabel="true accuracy on held-out prompts in %")
     right.set(xlabel="step", ylabel="rise of the reward in standard deviations")
-    left.legend(frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(ARMS), frameon=False)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "polar"}):
         figure.savefig(path, metadata={"Date": None})
 
