@@ -23,6 +23,8 @@ nodes=${NNODES:-1} rank=${NODE_RANK:-0}
 
 if ((nodes > 1)); then
   : "${MASTER_ADDR:?the address of the first node}"
+  # Ray asks nodes that join for a token, ~/.ray/auth_token or RAY_AUTH_TOKEN, the same on all of them.
+  export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
   if ((rank > 0)); then
     # The head may come up later; --block ends with the cluster.
     for ((try = 0; try < 60; try++)); do
