@@ -26,12 +26,11 @@ if ((nodes > 1)); then
   # Ray asks nodes that join for a token, ~/.ray/auth_token or RAY_AUTH_TOKEN, the same on all of them.
   export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
   if ((rank > 0)); then
-    # The head may come up later; --block ends with the cluster.
-    for ((try = 0; try < 60; try++)); do
-      ray start --address "$MASTER_ADDR:6379" --disable-usage-stats --block && exit 0
-      sleep 5
+    for ((try = 0; try < 600; try++)); do # the first node may come up later
+      (exec 3<> "/dev/tcp/$MASTER_ADDR/6379") 2> /dev/null && break
+      sleep 1
     done
-    exit 1
+    exec ray start --address "$MASTER_ADDR:6379" --disable-usage-stats --block # until the cluster ends
   fi
   ray start --head --node-ip-address "$MASTER_ADDR" --port 6379 --dashboard-host 127.0.0.1 --disable-usage-stats
   trap 'ray stop' EXIT
