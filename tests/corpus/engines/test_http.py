@@ -245,6 +245,7 @@ def test_a_reply_of_absurd_size_is_not_read_to_its_end(monkeypatch: pytest.Monke
         ("nan", 0, 0.01),
         ("", 0, 0.01),
     ],
+    ids=["seconds", "date", "too long", "negative", "word", "nan", "empty"],  # a date would differ between workers
 )
 def test_the_pause_that_a_server_asks_for_is_kept(
     retry_after: str, shortest: float, longest: float, monkeypatch: pytest.MonkeyPatch
