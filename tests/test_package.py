@@ -137,11 +137,16 @@ def test_the_readmes_commands_run(tmp_path: Path, tokenizer: Tokenizer) -> None:
         "POLAR_PRETRAIN_SCRATCH_VOCAB_SIZE": "300",
         "POLAR_PRETRAIN_MAX_LENGTH": "256",
         "POLAR_PRETRAIN_MAX_RESPONSE_LENGTH": "64",
+        "POLAR_RFT_MAX_STEPS": "1",
+        "POLAR_RFT_PROMPTS": "2",
+        "POLAR_RFT_GENERATIONS": "2",
+        "POLAR_RFT_MAX_COMPLETION_LENGTH": "4",
         "OMP_NUM_THREADS": "1",
     }
+    (tmp_path / "policy").symlink_to(tmp_path / "llama")
     lines = [line for block in readme_blocks("bash") for line in block.splitlines() if line.startswith("polar ")]
     assert [shlex.split(line)[1] for line in lines] == [
-        *"score score convert score serve parity sample corpus corpus pair pretrain finetune eval rft-data".split()
+        *"score score convert score serve parity sample corpus corpus pair pretrain finetune eval rft-data rft".split()
     ]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
