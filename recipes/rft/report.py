@@ -2,7 +2,7 @@
 
     python recipes/rft/report.py WORK --output docs/results/rft
 
-copies the results to OUTPUT/runs and writes OUTPUT/table.md, OUTPUT/evidence.json and OUTPUT/curves.svg.
+copies the results to OUTPUT/all and writes OUTPUT/table.md, OUTPUT/evidence.json and OUTPUT/curves.svg.
 """
 
 from __future__ import annotations
@@ -155,9 +155,9 @@ def plot(results: Sequence[Result], path: Path) -> None:
 
 def report(results: Sequence[Result], output: Path) -> None:
     """Write everything."""
-    (output / "runs").mkdir(parents=True, exist_ok=True)
+    (output / "all").mkdir(parents=True, exist_ok=True)
     for result in results:
-        (output / "runs" / f"seed-{result['seed']}-{result['arm']}.json").write_text(json.dumps(result) + "\n", "utf-8")
+        (output / "all" / f"seed-{result['seed']}-{result['arm']}.json").write_text(json.dumps(result) + "\n", "utf-8")
     found = summary(results)
     (output / "evidence.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     (output / "table.md").write_text(table(found), "utf-8")

@@ -119,7 +119,7 @@ def test_table_and_plot_come_from_the_runs(recipe: Any, tmp_path: Path) -> None:
         "| POLAR: pre-trained, fine-tuned | 80.0 ± 5.8 | 80.0 ± 5.8 | 1.00 ± 0.00 | 3.00 ± 0.00 |"
     )
     assert lines[4].startswith("| ROUGE-L | 10.0 | 30.0 | 0.30 | 0.50 | 100 |")
-    assert json.loads((tmp_path / "runs" / "seed-2-polar.json").read_text()) == runs[2]
+    assert json.loads((tmp_path / "all" / "seed-2-polar.json").read_text()) == runs[2]
     assert (tmp_path / "curves.svg").stat().st_size > 1000
     assert json.loads((tmp_path / "evidence.json").read_text())["polar"]["accuracy at the end"]["count"] == 3
 
@@ -151,5 +151,5 @@ def test_the_whole_recipe_at_a_small_scale(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, str(small / "report.py"), str(tmp_path / "work"), "--output", str(output)], check=True
     )
-    assert len(list((output / "runs").glob("*.json"))) == 5
+    assert len(list((output / "all").glob("*.json"))) == 5
     assert "| ROUGE-L |" in (output / "table.md").read_text()
