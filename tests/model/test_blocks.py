@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import GPTNeoXConfig, GPTNeoXForSequenceClassification
 
 from polar import RewardModel
 from polar.model.attention import segment_table
@@ -85,6 +86,27 @@ def test_rewards_are_those_of_separate_sequences(reward_model: RewardModel, grou
     with torch.inference_mode():
         found = rewards(reward_model.model, batch)
         expected = [reward_model.model(torch.tensor([ids])).logits.item() for one in groups for ids in one.sequences()]
+    assert found.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_architecture_whose_heads_all_have_keys_of_their_own() -> None:
+    config = GPTNeoXConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        num_labels=1,
+    )
+    torch.manual_seed(0)
+    model = GPTNeoXForSequenceClassification(config).eval()
+    groups = [group(40, 1, 130, 2), group(0, 8, 3)]
+    sequences = [ids for one in groups for ids in one.sequences()]
+    with torch.inference_mode():
+        expected = [model(torch.tensor([ids])).logits.item() for ids in sequences]
+        found = rewards(model, tree_batch(groups, in_blocks=True))
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
 
 

@@ -121,7 +121,8 @@ def _attention(model: PreTrainedModel, batch: TreeBatch) -> dict[str, Any]:
         model.set_attn_implementation(TREE_ATTENTION)
     device = batch.ids_1T.device
     if batch.in_blocks:
-        shape = batch.ids_1T.shape[1], model.config.num_attention_heads, model.config.num_key_value_heads
+        heads = model.config.num_attention_heads
+        shape = batch.ids_1T.shape[1], heads, getattr(model.config, "num_key_value_heads", heads)
         last_layer = row_blocks(batch.table_11S4, *shape, only_at=set(batch.scores_N.tolist()))
         blocks = (row_blocks(batch.table_11S4, *shape), last_layer)
         return {"attention_mask": batch.table_11S4, "blocks": blocks}
