@@ -15,7 +15,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from polar.errors import InputError
 from polar.model.files import reason
@@ -110,7 +110,7 @@ def train(config: RftConfig) -> list[Measurement]:
         processing_class=tokenizer,
         callbacks=[watch],
     )
-    trainer.remove_callback(_printer())
+    trainer.remove_callback(PrinterCallback)
     try:
         trainer.train()
     finally:
@@ -125,7 +125,7 @@ def load_policy(name: str) -> tuple[Any, Any]:
         InputError: there is no such model.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{name}: cannot be loaded as a language model ({reason(error)})") from error
@@ -134,12 +134,6 @@ def load_policy(name: str) -> tuple[Any, Any]:
     if tokenizer.pad_token_id is None:
         raise InputError(f"{name}: the tokenizer has neither a pad nor an eos token")
     return model, tokenizer
-
-
-def _printer() -> type[TrainerCallback]:
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback
 
 
 class Examiner:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any, Literal
 
 import pyarrow as pa
 
 from polar.records import Message
+from polar.rft.openrlhf import label_of
 from polar.rft.tasks import Task
 
 Framework = Literal["verl", "trl", "openrlhf", "swift"]
@@ -50,8 +50,8 @@ def _trl(task: Task, split: str, index: int) -> dict[str, Any]:
 
 def _openrlhf(task: Task, split: str, index: int) -> dict[str, Any]:
     """To be read with --data.input_key prompt --data.label_key label --data.apply_chat_template."""
-    label = {"prompt": _plain(task.prompt), "references": list(task.references)}
-    return {"prompt": _plain(task.prompt), "label": json.dumps(label, ensure_ascii=False)}
+    prompt = _plain(task.prompt)
+    return {"prompt": prompt, "label": label_of(prompt, task.references)}
 
 
 def _swift(task: Task, split: str, index: int) -> dict[str, Any]:

@@ -20,13 +20,11 @@ from polar.client.client import served_directory
 from polar.client.errors import RewardError
 from polar.client.servers import Limits
 from polar.client.sync import RewardModelClient
-from polar.errors import InputError
 from polar.model.calibration import read_calibration, scaling
-from polar.records import Comparison, Text, text_of
+from polar.records import Comparison
 from polar.references import aggregated
-from polar.rft.samples import Sample
+from polar.rft.samples import Sample, as_scored
 from polar.rft.settings import Settings, read_settings
-from polar.rft.thinking import strip_thinking
 from polar.template import CHECKPOINT_FILE, read_checkpoint_file
 
 log = logging.getLogger(__name__)
@@ -73,9 +71,9 @@ class Reward:
             InputError: a reference has no answer; or a server does not give this checkpoint's rewards.
             RewardError: the reward could not be had, and the settings have no floor.
         """
-        output, futures = self._start(sample)
+        sample, futures = self._start(sample)
         outcomes = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
-        return _complete([self._scored(sample, output, outcomes)])[0]
+        return _complete([self._scored(sample, outcomes)])[0]
 
     def score_all(self, samples: Sequence[Sample]) -> list[Scored]:
         """The rewards of samples, in their order; this thread waits for them.
@@ -85,45 +83,39 @@ class Reward:
         started = [self._start(sample) for sample in samples]
         return _complete(
             [
-                self._scored(sample, output, [future.exception() or future.result() for future in futures])
-                for sample, (output, futures) in zip(samples, started, strict=True)
+                self._scored(sample, [future.exception() or future.result() for future in futures])
+                for sample, futures in started
             ]
         )
 
-    def _start(self, sample: Sample) -> tuple[Text, list[Future[float]]]:
-        """The answer in a sample and its rewards by reference; for probabilities also those of the references."""
-        output: Text = sample.output
-        references = sample.references
-        if self.settings.thinking != "keep":
-            output = strip_thinking(output, opened=sample.opened or self.settings.thinking == "opened")
-            references = tuple(map(strip_thinking, references))
-        if not all(text_of(reference).strip() for reference in references):
-            raise InputError(f"{sample.place}: expected a reference with an answer, found only thinking or white space")
+    def _start(self, sample: Sample) -> tuple[Sample, list[Future[float]]]:
+        """The sample as it is scored and its rewards by reference; for probabilities also those of the references."""
+        sample = as_scored(sample, self.settings.thinking)
         with_own = self.settings.scale == "probability"
-        return output, [
+        return sample, [
             self._client.start_one(Comparison(sample.prompt, reference, candidate))
-            for reference in references
-            for candidate in ((output, reference) if with_own else (output,))
+            for reference in sample.references
+            for candidate in ((sample.output, reference) if with_own else (sample.output,))
         ]
 
-    def _scored(self, sample: Sample, output: Text, outcomes: Sequence[float | BaseException]) -> Scored | str:
+    def _scored(self, sample: Sample, outcomes: Sequence[float | BaseException]) -> Scored | str:
         """The result, or why there is none."""
         rewards: list[float] = []
         for outcome in outcomes:
             if isinstance(outcome, RewardError):
-                return self._failed(sample, output, outcome.failures[0])
+                return self._failed(sample, outcome.failures[0])
             if isinstance(outcome, BaseException):
                 raise outcome
             rewards.append(outcome)
         each = len(rewards) // len(sample.references)
         by_reference = [self._in_scale(rewards[i : i + each]) for i in range(0, len(rewards), each)]
-        return Scored(aggregated(by_reference, self.settings.aggregate)[0], failed=False, answered=bool(output))
+        return Scored(aggregated(by_reference, self.settings.aggregate)[0], failed=False, answered=bool(sample.output))
 
-    def _failed(self, sample: Sample, output: Text, reason: str) -> Scored | str:
+    def _failed(self, sample: Sample, reason: str) -> Scored | str:
         if self.settings.floor is None:
             return f"{sample.place}: {reason}"
         log.warning("%s: no reward, %g (the floor) in its place: %s", sample.place, self.settings.floor, reason)
-        return Scored(self.settings.floor, failed=True, answered=bool(output))
+        return Scored(self.settings.floor, failed=True, answered=bool(sample.output))
 
 
 def reward_for(given: Mapping[str, Any]) -> Reward:

@@ -8,6 +8,7 @@ from typing import Any
 from polar.errors import InputError
 from polar.references import aggregated, groups_of
 from polar.rft.config import RftConfig
+from polar.rft.samples import as_scored
 from polar.rft.thinking import strip_thinking
 from polar.rft.trl import RewardFunction, output_of, polar_reward, samples_of
 
@@ -46,10 +47,8 @@ def rouge_l_reward(config: RftConfig) -> RewardFunction:
 
     def rouge(**batch: Any) -> list[float]:
         rewards = []
-        for sample in samples_of(batch):
-            output = strip_thinking(sample.output, opened=sample.opened)
-            references = tuple(map(strip_thinking, sample.references))
-            groups = groups_of(sample.prompt, references, (output,))
+        for sample in map(as_scored, samples_of(batch)):
+            groups = groups_of(sample.prompt, sample.references, (sample.output,))
             rewards += aggregated([rouge_l(group) for group in groups], config.aggregate)
         return rewards
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
 from polar.errors import InputError
 from polar.fields import Row, as_string, text_at, texts_at
-from polar.records import Text
+from polar.records import Text, text_of
+from polar.rft.thinking import strip_thinking
+
+Thinking = Literal["strip", "opened", "keep"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,21 @@ def read_sample(
         )
     found = references_at(row, name)
     return Sample(text_at(row, prompt), found, as_string(row, "output", output), row.place, opened)
+
+
+def as_scored(sample: Sample, thinking: Thinking = "strip") -> Sample:
+    """The sample as it is scored: with the answers of its output and references alone, unless thinking is kept.
+
+    Raises:
+        InputError: a reference has no answer, and nothing can be close to that.
+    """
+    if thinking != "keep":
+        opened = sample.opened or thinking == "opened"
+        output = str(strip_thinking(sample.output, opened=opened))
+        sample = replace(sample, output=output, references=tuple(map(strip_thinking, sample.references)))
+    if not all(text_of(reference).strip() for reference in sample.references):
+        raise InputError(f"{sample.place}: expected a reference with an answer, found only thinking or white space")
+    return sample
 
 
 def references_at(row: Row, field: str) -> tuple[Text, ...]:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -14,6 +14,7 @@ from polar.client.engines import ServerType
 from polar.errors import InputError
 from polar.model.calibration import Scale
 from polar.references import Aggregate
+from polar.rft.samples import Thinking
 from polar.template import BUNDLED_NAME, Compat
 
 PREFIX = "POLAR_REWARD_"
@@ -43,7 +44,7 @@ class Settings:
     """"zscore" and "probability" use the calibration of the checkpoint (`polar calibrate`)."""
     aggregate: Aggregate = "max"
     """What becomes of the rewards against several references."""
-    thinking: Literal["strip", "opened", "keep"] = "strip"
+    thinking: Thinking = "strip"
     """"strip": <think> blocks are taken out (`polar.rft.thinking`). "opened": so they are, and the chat template of the
     policy opens the first one itself. "keep": texts are scored as they are."""
     floor: Annotated[float, Field(allow_inf_nan=False)] | None = None

@@ -18,11 +18,11 @@ from typing import Any
 from polar.errors import InputError
 from polar.model.calibration import Scale
 from polar.model.reward_model import RewardModel
-from polar.records import Group, Text, text_of
+from polar.records import Group, Text
 from polar.references import Aggregate, aggregated, groups_of
 from polar.rft.reward import Reward, reward_for
-from polar.rft.samples import Sample, read_sample
-from polar.rft.thinking import opens_thinking, strip_thinking
+from polar.rft.samples import Sample, as_scored, read_sample
+from polar.rft.thinking import opens_thinking
 from polar.template import BUNDLED_NAME
 
 RewardFunction = Callable[..., list[float]]
@@ -114,16 +114,13 @@ def score_locally(model: RewardModel, samples: Sequence[Sample], scale: Scale, a
         InputError: a reference has no answer, or the checkpoint has no calibration for the scale.
         FloatingPointError: a reward is not finite.
     """
+    samples = list(map(as_scored, samples))
     together: dict[tuple[Text, tuple[Text, ...]], list[int]] = {}
     for number, sample in enumerate(samples):
-        together.setdefault((sample.prompt, tuple(map(strip_thinking, sample.references))), []).append(number)
-    outputs = [strip_thinking(sample.output, opened=sample.opened) for sample in samples]
+        together.setdefault((sample.prompt, sample.references), []).append(number)
     groups: list[Group] = []
     for (prompt, references), numbers in together.items():
-        if not all(text_of(reference).strip() for reference in references):
-            place = samples[numbers[0]].place
-            raise InputError(f"{place}: expected a reference with an answer, found only thinking or white space")
-        groups += groups_of(prompt, references, tuple(outputs[number] for number in numbers))
+        groups += groups_of(prompt, references, tuple(samples[number].output for number in numbers))
     scored = iter(model.score_groups(groups, scale=scale))
     rewards = [0.0] * len(samples)
     for (_, references), numbers in together.items():
