@@ -37,7 +37,7 @@ $(FRAMEWORKS)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(FRAMEWORKS)
 	grep -E '^(fastapi|hypothesis|numpy|pyarrow|pytest|ray|starlette|torch|uvicorn)==' constraints.txt > $(FRAMEWORKS)/constraints.txt
 	$(FRAMEWORKS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(FRAMEWORKS)/constraints.txt \
-	  --editable '.[serve]' hypothesis pytest pytest-timeout pytest-xdist verl==0.9.1 ms-swift==4.6.0
+	  --editable '.[serve,eval]' hypothesis pytest pytest-timeout pytest-xdist verl==0.9.1 ms-swift==4.6.0
 	$(FRAMEWORKS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps openrlhf==0.11.2
 	@touch $@
 
