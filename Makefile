@@ -33,7 +33,7 @@ test-slow: $(VENV)/.dev
 
 # Frameworks that want other versions of common packages than we do: an environment of their own, without CUDA
 FRAMEWORKS := .venv-frameworks
-$(FRAMEWORKS)/.ready: pyproject.toml constraints.txt
+$(FRAMEWORKS)/.ready: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(FRAMEWORKS)
 	grep -E '^(fastapi|hypothesis|numpy|pyarrow|pytest|ray|starlette|torch|uvicorn)==' constraints.txt > $(FRAMEWORKS)/constraints.txt
 	$(FRAMEWORKS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(FRAMEWORKS)/constraints.txt \
