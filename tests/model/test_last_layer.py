@@ -7,6 +7,7 @@ import torch
 
 from polar import RewardModel
 from polar.model.last_layer import last_layer_only_at
+from polar.model.products import few_lengths
 from polar.model.tree import rewards, tree_batch
 from polar.template import EncodedGroup
 
@@ -42,6 +43,22 @@ def test_threads_do_not_see_each_others_rows(reward_model: RewardModel) -> None:
         found = list(pool.map(reward_model.score_encoded, loads))
     for own, others in zip(expected, found, strict=True):
         assert own[0] == pytest.approx(others[0], abs=1e-5)
+
+
+def test_numbers_of_places_are_few_where_every_new_shape_costs(reward_model: RewardModel) -> None:
+    model, ids, places = reward_model.model, torch.arange(4, 84)[None], torch.tensor([3, 17, 79])
+    computed: list[int] = []
+    projection = model.model.layers[-1].mlp.down_proj
+    hook = projection.register_forward_hook(lambda part, values, output: computed.append(output.shape[1]))
+    try:
+        with torch.inference_mode():
+            expected = model.model(ids).last_hidden_state[0, places]
+            with last_layer_only_at(model, places, 80, few_shapes=True):
+                found = model.model(ids).last_hidden_state[0, places]
+    finally:
+        hook.remove()
+    assert computed == [80, few_lengths(3)]
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_other_architectures_are_left_alone(reward_model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """The items of an evaluation as columns of numbers: what summaries, diagnoses and comparisons are computed from.
 
-Records come one by one and are forgotten; of each, a few numbers stay (about 150 bytes with seven scorers, where the
+Records come one by one and are forgotten; of each, a few numbers stay (about 130 bytes with seven scorers, where the
 record itself takes two kilobytes), so that memory hardly grows with the data.
 """
 
@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -155,8 +156,8 @@ class Collected:
 
     labels: dict[Label, int] = field(default_factory=dict)
     columns: defaultdict[str, list[npt.NDArray[np.generic]]] = field(default_factory=lambda: defaultdict(list))
-    several: bool = False
-    """An item has three or more candidates."""
+    correlations: defaultdict[str, list[Values]] = field(default_factory=lambda: defaultdict(list))
+    """By scorer: of the items that have three or more candidates; that of two follows from their share."""
 
     def add(self, records: Sequence[Record]) -> None:
         """Take the numbers of some records of one task; those without candidates of unequal quality are left out."""
@@ -165,7 +166,7 @@ class Collected:
             return
         quality = [item.quality for item in items]
         best, worst = [int(np.argmax(each)) for each in quality], [int(np.argmin(each)) for each in quality]
-        self.several |= any(len(each) > 2 for each in quality)
+        several = [place for place, each in enumerate(quality) if len(each) > 2]
         label = [self.labels.setdefault((item.dataset, item.domain, item.slices), len(self.labels)) for item in items]
         self.put("label", label, np.int64)
         self.put("keys", list(map(digest, items)), np.uint64)
@@ -181,7 +182,9 @@ class Collected:
         for scorer in items[0].rewards:
             rewards = [item.rewards[scorer] for item in items]
             self.put(f"share {scorer}", ordered_shares(quality, rewards))
-            self.put(f"correlation {scorer}", rank_correlations(quality, rewards))
+            if several:
+                own = rank_correlations([quality[i] for i in several], [rewards[i] for i in several])
+                self.correlations[scorer].append(own)
             if items[0].task == "verifiable correctness":
                 self.put(f"reward {scorer}", np.concatenate(rewards))
         model = [item.rewards.get(MODEL, (np.nan,) * len(item.quality)) for item in items]
@@ -206,7 +209,8 @@ class Collected:
             labels=tuple(self.labels),
             keys=_told_apart(whole["keys"]),
             shares=by_scorer("share"),
-            correlations=by_scorer("correlation") if self.several else None,
+            correlations={name: self._correlations(name, whole) for name in scorers if name in self.correlations}
+            or None,
             candidates=Candidates(
                 rewards=by_scorer("reward"),
                 **{name: whole[name] for name in ("count", "best", "centred_reward", "centred_length")},
@@ -216,6 +220,12 @@ class Collected:
                 for name in ("label", "prompts", "margins", "length_ratios", "reference_quality", "cut", "copies")
             },
         )
+
+    def _correlations(self, scorer: str, whole: dict[str, Any]) -> Values:
+        """Of all items: with two candidates it is 1, 0 for a tie or -1, where the share is 1, one half or 0."""
+        values: Values = 2 * whole[f"share {scorer}"] - 1
+        values[whole["count"] > 2] = np.concatenate(self.correlations.pop(scorer))
+        return values
 
 
 def _told_apart(keys: Names) -> Names:

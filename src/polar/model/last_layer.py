@@ -14,26 +14,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
+
+from polar.model.products import few_lengths
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose layers have the parts that are named below."""
 
-_READ: ContextVar[tuple[Tensor, int] | None] = ContextVar("read", default=None)
-"""Where the rewards of this thread's row are read, and the length of the row."""
+_READ: ContextVar[tuple[Tensor, int, int] | None] = ContextVar("read", default=None)
+"""Where the rewards of this thread's row are read, how many of these places count, and the length of the row."""
 
 
 @contextmanager
-def last_layer_only_at(model: PreTrainedModel, scores_N: Tensor, tokens: int) -> Iterator[None]:
+def last_layer_only_at(
+    model: PreTrainedModel, scores_N: Tensor, tokens: int, *, few_shapes: bool = False
+) -> Iterator[None]:
     """A context in which the last hidden states of a row of `tokens` are right at `scores_N` and nowhere else.
 
     Other threads that use the model at the same time are not affected.
+
+    Args:
+        model: The model.
+        scores_N: Where its rewards are read.
+        tokens: Length of the row.
+        few_shapes: Compute one of few numbers of places (`polar.model.products`); further ones are thrown away.
     """
     if model.config.model_type not in ARCHITECTURES:
         yield
         return
     _add_hooks(model)
-    token = _READ.set((scores_N, tokens))
+    count = len(scores_N)
+    computed = pad(scores_N, (0, few_lengths(count) - count)) if few_shapes else scores_N
+    token = _READ.set((computed, count, tokens))
     try:
         yield
     finally:
@@ -61,7 +74,7 @@ def _put_back(part: torch.nn.Module, arguments: tuple[Any, ...], output_1NX: Ten
     read = _READ.get()
     if read is None:
         return None
-    scores_N, tokens = read
+    computed, count, tokens = read
     output_1TX = output_1NX.new_zeros(1, tokens, output_1NX.shape[-1])
-    output_1TX[:, scores_N] = output_1NX
+    output_1TX[:, computed[:count]] = output_1NX[:, :count]
     return output_1TX

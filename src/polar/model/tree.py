@@ -140,7 +140,7 @@ def _last_layer(model: PreTrainedModel, batch: TreeBatch) -> AbstractContextMana
     """Without gradients the last layer is only computed where it is read."""
     if not torch.is_inference_mode_enabled():
         return nullcontext()
-    return last_layer_only_at(model, batch.scores_N, batch.ids_1T.shape[1])
+    return last_layer_only_at(model, batch.scores_N, batch.ids_1T.shape[1], few_shapes=batch.in_blocks)
 
 
 def rewards(model: PreTrainedModel, batch: TreeBatch, last_hidden_1TH: Tensor | None = None) -> Tensor:
@@ -156,6 +156,6 @@ def rewards(model: PreTrainedModel, batch: TreeBatch, last_hidden_1TH: Tensor | 
             last_hidden_1TH = hidden_states(model, batch).last_hidden_state
     hidden_NH = last_hidden_1TH[0, batch.scores_N]
     head: Any = model.score
-    bias = None if head.bias is None else head.bias.float()
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        return torch.nn.functional.linear(hidden_NH.float(), head.weight.float(), bias).squeeze(-1)
+        rewards_N: Tensor = hidden_NH.float() @ head.weight[0].float()
+        return rewards_N if head.bias is None else rewards_N + head.bias.float()
