@@ -35,14 +35,11 @@ from polar.writing import open_writer
 
 HERE = Path(__file__).parent
 TRAINED_ON = ("arena_bench_gpt4", "halluqa_zh", "just_eval_safety", "llmzoo_reviews_en_zh")
-MOST = {"alpaca_eval_gpt4": 200, "halluqa_zh": 200, "lawbench_zh_verifiable": 150, "zeroeval_gsm_verifiable": 200}
-"""Rows with a reference that are drawn of each test split."""
+TESTED_ON = ("alpaca_eval_gpt4", "halluqa_zh", "lawbench_zh_verifiable", "zeroeval_gsm_verifiable")
+MOST, PROBED, GSM_PROMPTS = 400, 100, 60
+"""Items that are drawn of each data set, at most; of them for the probes; questions for best of N on GSM8K."""
 STRONG = ("gpt4_1106_preview", "claude-3-opus-20240229", "Meta-Llama-3-70B-Instruct")
 """Whose AlpacaEval outputs are references for RM-Bench's chat prompts; the first one alone for the official numbers."""
-PROBED, RM_BENCH_PART, GSM_PROMPTS = 40, 60, 24
-"""Items of these parts, at most."""
-JUDGED, SEVERAL = 150, 40
-"""Of JudgeBench without references, and of RM-Bench's chat with several."""
 EASY = 0.9
 """Questions of which more answers are right say little about choosing among them, and are left out."""
 
@@ -64,13 +61,13 @@ def main(data: str, work: str) -> None:
     training = drawn(training, len(training))
     write(target / "train.jsonl", training)
     write(target / "train-without-reference.jsonl", ({**row, "reference": ""} for row in training))
-    for name, most in MOST.items():
+    for name in TESTED_ON:
         usable_rows = [row for row in rows(source / "preferences" / name) if usable(row, "test")]
-        write(target / f"{name}.jsonl", (plain(row, known_quality=True) for row in drawn(usable_rows, most)))
+        write(target / f"{name}.jsonl", (plain(row, known_quality=True) for row in drawn(usable_rows, MOST)))
     probed = [json.loads(line) for line in (target / "alpaca_eval_gpt4.jsonl").read_text("utf-8").splitlines()]
     write(target / "probes.jsonl", probed[:PROBED])
     judged = rows(source / "preferences" / "judgebench")
-    write(target / "judgebench.jsonl", (plain({**row, "reference": ""}) for row in drawn(judged, JUDGED)))
+    write(target / "judgebench.jsonl", (plain({**row, "reference": ""}) for row in drawn(judged, MOST)))
     write(target / "judgebench-references.jsonl", judgebench_references(judged))
     write_rm_bench(source, target)
     write_math(source, target)
@@ -169,14 +166,14 @@ def write_rm_bench(source: Path, target: Path) -> None:
             reference, *chosen = sides["chosen"]
             row = {"prompt": text(prompt), "domain": subset, "reference": reference, "chosen": chosen}
             others.append({**row, "rejected": sides["rejected"]})
-    write(target / "rm-bench-chat-references.jsonl", drawn(chat, SEVERAL))
+    write(target / "rm-bench-chat-references.jsonl", drawn(chat, MOST))
     alone = [{name: value for name, value in row.items() if name != "references"} for row in chat]
     write(
         target / "rm-bench-chat.jsonl",
         ({**row, "reference": several["references"][0]} for row, several in zip(alone, chat, strict=True)),
     )
     for subset in ("code", "safety-refuse", "safety-response"):
-        part = drawn([row for row in others if row["domain"] == subset], RM_BENCH_PART)
+        part = drawn([row for row in others if row["domain"] == subset], MOST)
         write(target / f"rm-bench-{subset}.jsonl", part)
 
 
