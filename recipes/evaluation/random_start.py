@@ -10,7 +10,8 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
 
-from polar.model.reward_model import RewardModel, checkpoint_directory
+from polar.model.files import checkpoint_directory
+from polar.model.reward_model import RewardModel
 
 
 def main(checkpoint: str, target: str) -> None:

@@ -16,7 +16,8 @@ from rich.table import Table
 from polar.cli.score import WINDOW, progress_bar
 from polar.model import calibration as calibrating
 from polar.model.calibration import Calibration, Sample, read_samples
-from polar.model.reward_model import RewardModel, checkpoint_directory
+from polar.model.files import checkpoint_directory
+from polar.model.reward_model import RewardModel
 from polar.reading import OnBadRow, ReadReport
 from polar.template import CHECKPOINT_FILE
 

@@ -26,8 +26,9 @@ from polar.evaluation.run import evaluate as run
 from polar.evaluation.run import planned
 from polar.evaluation.suites import Dataset, ReferenceSource, Suite, read_suite
 from polar.evaluation.summary import SUMMARY, summarise
-from polar.model.reward_model import BUNDLED_NAME, RewardModel
+from polar.model.reward_model import RewardModel
 from polar.reading import OnBadRow
+from polar.template import BUNDLED_NAME
 
 Files = Annotated[Sequence[str], Parameter(negative="")]
 

@@ -23,9 +23,10 @@ from polar.client.engines import ServerType
 from polar.client.errors import EngineError, RewardError
 from polar.client.servers import Limits
 from polar.errors import InputError
-from polar.model.reward_model import BUNDLED_NAME, RewardModel
+from polar.model.reward_model import RewardModel
 from polar.reading import read_groups, read_triples
 from polar.records import Group
+from polar.template import BUNDLED_NAME
 
 Files = Annotated[Sequence[str], Parameter(negative="")]
 

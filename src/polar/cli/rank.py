@@ -19,9 +19,10 @@ from polar.cli.score import WINDOW, Verbatim, progress_bar
 from polar.errors import InputError
 from polar.fields import Row, as_text
 from polar.model.calibration import scaling
-from polar.model.reward_model import BUNDLED_NAME, RewardModel
+from polar.model.reward_model import RewardModel
 from polar.reading import OnBadRow, ReadReport, convert_rows
 from polar.records import Group, text_of
+from polar.template import BUNDLED_NAME
 from polar.writing import open_writer
 
 ADDED = ("rank", "reward", "zscore", "candidate")

@@ -15,11 +15,11 @@ from rich.text import Text as Cell
 
 from polar.errors import InputError
 from polar.model.calibration import Scale, scaling, with_reference
-from polar.model.reward_model import BUNDLED_NAME, RewardModel
+from polar.model.reward_model import RewardModel
 from polar.reading import ReadReport, read_groups_by_reference
 from polar.records import Group, text_of
 from polar.references import Aggregate, aggregated, groups_of
-from polar.template import Compat, EncodedGroup
+from polar.template import BUNDLED_NAME, Compat, EncodedGroup
 from polar.writing import open_writer
 
 WINDOW = 256

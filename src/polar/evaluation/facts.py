@@ -10,7 +10,8 @@ from pathlib import Path
 
 from polar.evaluation.manifest import ModelFacts
 from polar.model.adapters import base_of, is_adapter
-from polar.model.reward_model import RewardModel, checkpoint_directory
+from polar.model.files import checkpoint_directory
+from polar.model.reward_model import RewardModel
 from polar.template import Template
 
 

@@ -21,9 +21,8 @@ from transformers import AutoConfig
 
 from polar import __version__
 from polar.errors import InputError
-from polar.model.files import find_shards, read_json, reason, write_json
+from polar.model.files import checkpoint_directory, find_shards, read_json, reason, write_json
 from polar.model.internlm2_layout import COUNTS, LAYER_NAMES, OUTER_NAMES, REWARD_MODEL, source_shapes
-from polar.model.reward_model import checkpoint_directory
 from polar.template import Template, read_checkpoint_file
 
 Engine = Literal["xtuner", "lmdeploy"]

@@ -13,6 +13,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from polar.errors import InputError
+from polar.template import BUNDLED_MODEL, BUNDLED_NAME
+
+
+def checkpoint_directory(path_or_hub_id: str | Path) -> Path:
+    """The local directory of a checkpoint; a hub name is downloaded (safetensors and JSON only).
+
+    Errors as in `local_directory`.
+    """
+    if str(path_or_hub_id) == BUNDLED_NAME:
+        return BUNDLED_MODEL
+    return local_directory(path_or_hub_id, ["*.safetensors", "*.json"])
 
 
 def local_directory(source: str | Path, patterns: Sequence[str]) -> Path:

@@ -6,7 +6,6 @@ plus `polar.json`, which holds the template, the calibration and the provenance.
 
 from __future__ import annotations
 
-import logging
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,30 +15,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from polar.errors import InputError
-from polar.model.adapters import base_of, four_bits, is_adapter, merge_adapter, require_peft, save_adapter
-from polar.model.attention import TREE_ATTENTION
+from polar.model.adapters import is_adapter, save_adapter
 from polar.model.calibration import Calibration, Scale, read_calibration, scaling, with_reference
-from polar.model.files import local_directory, read_json, reason
+from polar.model.files import checkpoint_directory, reason
 from polar.model.probes import write_probes
 from polar.model.products import fast_products, onednn_helps
 from polar.model.tree import rewards, row_length, tree_batch
+from polar.model.weights import choose_device, choose_dtype, load_merged, load_weights, require_reward_config
 from polar.records import Comparison, Group
-from polar.template import BUNDLED_MODEL as BUNDLED_MODEL
-from polar.template import BUNDLED_NAME as BUNDLED_NAME
-from polar.template import CHECKPOINT_FILE, Compat, EncodedGroup, Template, read_checkpoint_file
-
-log = logging.getLogger(__name__)
+from polar.template import BUNDLED_NAME, CHECKPOINT_FILE, Compat, EncodedGroup, Template, read_checkpoint_file
 
 
 class RewardModel:
@@ -111,13 +99,13 @@ class RewardModel:
         directory = checkpoint_directory(path_or_hub_id)
         adapted = is_adapter(directory)
         if not adapted:
-            _require_reward_config(directory)
+            require_reward_config(directory)
         template = Template.load(directory, compat)
         ours = read_checkpoint_file(directory)
         provenance, values = ours.get("provenance") or {}, ours.get("calibration")
         calibration = None if values is None else read_calibration(values, directory / CHECKPOINT_FILE)
-        chosen = _choose_device(device)
-        weights = _choose_dtype(dtype, chosen)
+        place = choose_device(device)
+        weights = choose_dtype(dtype, place)
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -126,10 +114,9 @@ class RewardModel:
             if in_4bit:
                 raise InputError(f"{directory}: an adapter cannot be merged in 4 bits; `polar convert` it first")
             rounded = bool(provenance.get("lora", {}).get("load_in_4bit"))
-            model = load_weights(_base_directory(directory), weights, chosen, in_4bit=rounded, new_head=True)
-            model = merge_adapter(model, directory, tokenizer)
+            model = load_merged(directory, tokenizer, weights, place, rounded=rounded)
         else:
-            model = load_weights(directory, weights, chosen, in_4bit=in_4bit)
+            model = load_weights(directory, weights, place, in_4bit=in_4bit)
         return cls(model, tokenizer, template, provenance, calibration)
 
     def save(self, directory: str | Path) -> None:
@@ -240,120 +227,12 @@ class RewardModel:
         return scores
 
 
-def checkpoint_directory(path_or_hub_id: str | Path) -> Path:
-    """The local directory of a checkpoint; a hub name is downloaded (safetensors and JSON only)."""
-    if str(path_or_hub_id) == BUNDLED_NAME:
-        return BUNDLED_MODEL
-    return local_directory(path_or_hub_id, ["*.safetensors", "*.json"])
-
-
-def _base_directory(adapter: Path) -> Path:
-    require_peft()
-    base = base_of(adapter)
-    try:
-        directory = checkpoint_directory(base)
-    except InputError as error:
-        raise InputError(
-            f"{adapter}: the base model of this adapter cannot be had ({error}); put it there, or write its new place "
-            "into adapter_config.json (base_model_name_or_path)"
-        ) from error
-    if is_adapter(directory):
-        raise InputError(f"{adapter}: its base model {base} is an adapter too; expected a whole model")
-    return directory
-
-
 def _weights_to_save(model: PreTrainedModel) -> dict[str, Tensor]:
     """All weights, with a bias of zero for the score head where SGLang would otherwise make up a random one."""
     weights: dict[str, Tensor] = model.state_dict()
     if model.config.model_type in ("qwen2", "qwen3"):
         weights.setdefault("score.bias", weights["score.weight"].new_zeros(1))
     return weights
-
-
-def _require_reward_config(directory: Path) -> None:
-    architecture = (read_json(directory / "config.json").get("architectures") or ["unknown"])[0]
-    if architecture.startswith("InternLM2"):
-        raise InputError(f"{directory}: {architecture} is an official POLAR layout; run `polar convert` on it first")
-    if not architecture.endswith("ForSequenceClassification"):
-        raise InputError(
-            f"{directory}: architecture {architecture} has no score head; expected *ForSequenceClassification "
-            "(train one from it with `polar pretrain` or `polar finetune`)"
-        )
-
-
-def _choose_device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device {device!r}: expected a torch device like cpu or cuda:0") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device!r}: torch sees no GPU here")
-    return chosen
-
-
-def _choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    if dtype is None:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if chosen not in (torch.float32, torch.bfloat16, torch.float16):
-        raise InputError(f"dtype {dtype!r}: expected float32, bfloat16 or float16")
-    if device.type == "cpu" and chosen is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        log.warning("this CPU has no native bfloat16 arithmetic: scoring works, but float32 is faster here")
-    return chosen
-
-
-def load_weights(
-    directory: Path, dtype: torch.dtype, device: torch.device, *, in_4bit: bool = False, new_head: bool = False
-) -> PreTrainedModel:
-    """The model of a checkpoint without its tokenizer and template, strictly as in `RewardModel.load`.
-
-    Args:
-        directory: The checkpoint.
-        dtype: Type of the weights.
-        device: Where to put them.
-        in_4bit: Hold the linear layers in 4 bits, except the score head.
-        new_head: The score head comes from elsewhere, so it may be missing here.
-
-    Raises:
-        InputError: a weight is missing, misshapen or not finite.
-    """
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, **({"num_labels": 1} if new_head else {}))
-        if config.num_labels != 1:
-            raise InputError(f"{directory}: the score head has {config.num_labels} labels; a reward model has one")
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            directory,
-            config=config,
-            dtype=dtype,
-            attn_implementation=TREE_ATTENTION,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            quantization_config=four_bits(dtype) if in_4bit else None,
-            device_map={"": device} if in_4bit else None,
-        )
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{directory}: the checkpoint could not be loaded ({reason(error)})") from error
-    missing = [name for name in info["missing_keys"] if not (new_head and name.startswith("score."))]
-    problems = sorted([*missing, *(str(key) for key in info["mismatched_keys"])])
-    if problems:
-        raise InputError(
-            f"{directory}: weights are missing or have the wrong shape ({', '.join(problems[:5])}); "
-            "they would be random numbers, so this is refused"
-        )
-    for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            # On such a CPU bitsandbytes would repack its weights when a reward is asked for, and has no gradients then.
-            layer.support_avx512bf16_for_cpu = False
-    model = model.to(device).eval()
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise InputError(f"{directory}: weight {name} holds NaN or infinity; the checkpoint is broken")
-    return model  # type: ignore[no-any-return]
 
 
 def _rows(groups: Sequence[EncodedGroup], batch_tokens: int) -> Iterator[list[tuple[int, EncodedGroup]]]:

@@ -10,8 +10,8 @@ from typing import cast
 
 from polar.errors import InputError
 from polar.model.calibration import Calibration, read_calibration
-from polar.model.files import local_directory
-from polar.model.reward_model import RewardModel, checkpoint_directory
+from polar.model.files import checkpoint_directory, local_directory
+from polar.model.reward_model import RewardModel
 from polar.records import Comparison
 from polar.serving.refusal import RefusalError
 from polar.template import (

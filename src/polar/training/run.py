@@ -18,10 +18,11 @@ from tokenizers import Tokenizer
 
 from polar.errors import InputError
 from polar.model.adapters import is_adapter, require_peft
-from polar.model.reward_model import BUNDLED_NAME, RewardModel, checkpoint_directory
+from polar.model.files import checkpoint_directory
+from polar.model.reward_model import RewardModel
 from polar.reading import ReadReport, read_preferences, read_triples
 from polar.records import text_of
-from polar.template import CHECKPOINT_FILE
+from polar.template import BUNDLED_NAME, CHECKPOINT_FILE
 from polar.training.adapters import add_adapters
 from polar.training.arguments import training_arguments, uses_bf16
 from polar.training.batches import Collator, Example, examples_from_preferences, examples_from_triples

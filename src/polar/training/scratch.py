@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from polar.errors import InputError
-from polar.model.files import reason
-from polar.model.reward_model import RewardModel, checkpoint_directory, load_weights
+from polar.model.files import checkpoint_directory, reason
+from polar.model.reward_model import RewardModel
+from polar.model.weights import load_weights
 from polar.template import Template, TemplateSettings
 
 PAD, BOS, SPLIT, SCORE = "<pad>", "<s>", "<|reward|>", "<|score|>"

@@ -1,0 +1,142 @@
+"""The weights of a checkpoint, loaded strictly: nothing missing, nothing random, nothing that is not finite."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from polar.errors import InputError
+from polar.model.adapters import base_of, four_bits, is_adapter, merge_adapter, require_peft
+from polar.model.attention import TREE_ATTENTION
+from polar.model.files import checkpoint_directory, read_json, reason
+
+log = logging.getLogger(__name__)
+
+
+def require_reward_config(directory: Path) -> None:
+    """Raise an `InputError` if the directory holds another kind of model, and say what to do with it."""
+    architecture = (read_json(directory / "config.json").get("architectures") or ["unknown"])[0]
+    if architecture.startswith("InternLM2"):
+        raise InputError(f"{directory}: {architecture} is an official POLAR layout; run `polar convert` on it first")
+    if not architecture.endswith("ForSequenceClassification"):
+        raise InputError(
+            f"{directory}: architecture {architecture} has no score head; expected *ForSequenceClassification "
+            "(train one from it with `polar pretrain` or `polar finetune`)"
+        )
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name; by default the first GPU if there is one, else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device {device!r}: expected a torch device like cpu or cuda:0") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!r}: torch sees no GPU here")
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The type of that name; by default bfloat16 on a GPU and float32 on a CPU."""
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if chosen not in (torch.float32, torch.bfloat16, torch.float16):
+        raise InputError(f"dtype {dtype!r}: expected float32, bfloat16 or float16")
+    if device.type == "cpu" and chosen is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        log.warning("this CPU has no native bfloat16 arithmetic: scoring works, but float32 is faster here")
+    return chosen
+
+
+def load_weights(
+    directory: Path, dtype: torch.dtype, device: torch.device, *, in_4bit: bool = False, new_head: bool = False
+) -> PreTrainedModel:
+    """The model of a checkpoint without its tokenizer and template, strictly as in `RewardModel.load`.
+
+    Args:
+        directory: The checkpoint.
+        dtype: Type of the weights.
+        device: Where to put them.
+        in_4bit: Hold the linear layers in 4 bits, except the score head.
+        new_head: The score head comes from elsewhere, so it may be missing here.
+
+    Raises:
+        InputError: a weight is missing, misshapen or not finite.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, **({"num_labels": 1} if new_head else {}))
+        if config.num_labels != 1:
+            raise InputError(f"{directory}: the score head has {config.num_labels} labels; a reward model has one")
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            attn_implementation=TREE_ATTENTION,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            quantization_config=four_bits(dtype) if in_4bit else None,
+            device_map={"": device} if in_4bit else None,
+        )
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{directory}: the checkpoint could not be loaded ({reason(error)})") from error
+    missing = [name for name in info["missing_keys"] if not (new_head and name.startswith("score."))]
+    problems = sorted([*missing, *(str(key) for key in info["mismatched_keys"])])
+    if problems:
+        raise InputError(
+            f"{directory}: weights are missing or have the wrong shape ({', '.join(problems[:5])}); "
+            "they would be random numbers, so this is refused"
+        )
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            # On such a CPU bitsandbytes would repack its weights when a reward is asked for, and has no gradients then.
+            layer.support_avx512bf16_for_cpu = False
+    model = model.to(device).eval()
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise InputError(f"{directory}: weight {name} holds NaN or infinity; the checkpoint is broken")
+    return model  # type: ignore[no-any-return]
+
+
+def load_merged(
+    adapter: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device, *, rounded: bool
+) -> PreTrainedModel:
+    """An adapter merged into its base model; arguments and errors as in `load_weights`.
+
+    Args:
+        adapter: Its directory.
+        tokenizer: The adapter's own.
+        dtype: Type of the weights.
+        device: Where to put them.
+        rounded: The adapter was trained on a base in 4 bits, so it is merged into one.
+    """
+    base = load_weights(_base_directory(adapter), dtype, device, in_4bit=rounded, new_head=True)
+    return merge_adapter(base, adapter, tokenizer)
+
+
+def _base_directory(adapter: Path) -> Path:
+    require_peft()
+    base = base_of(adapter)
+    try:
+        directory = checkpoint_directory(base)
+    except InputError as error:
+        raise InputError(
+            f"{adapter}: the base model of this adapter cannot be had ({error}); put it there, or write its new place "
+            "into adapter_config.json (base_model_name_or_path)"
+        ) from error
+    if is_adapter(directory):
+        raise InputError(f"{adapter}: its base model {base} is an adapter too; expected a whole model")
+    return directory
