@@ -48,7 +48,7 @@ ROOMS = [  # from the bottom up; a module never imports from a room above its ow
 
 
 HEAVY = ("model", "serving", "training", "evaluation", "cli")
-TRAINING_WITH_REWARDS = ("polar.rft.grpo", "polar.rft.rewards", "polar.rft.trl")
+TRAINING_WITH_REWARDS = ("polar.rft.examiner", "polar.rft.grpo", "polar.rft.named_rewards", "polar.rft.trl")
 
 
 def run_blocking(modules: list[str], imports: list[str]) -> subprocess.CompletedProcess[str]:

@@ -33,7 +33,7 @@ from polar import RewardModel
 from polar.reading import read_trajectories
 from polar.records import prompt_id, text_of
 from polar.rft.config import RftConfig
-from polar.rft.rewards import named_reward
+from polar.rft.named_rewards import named_reward
 from polar.training.scratch import ScratchConfig, from_scratch
 
 HERE = Path(__file__).parent

@@ -16,7 +16,7 @@ from polar.rft import grpo
 from polar.rft.config import RftConfig
 from polar.rft.curves import read_figures
 from polar.rft.guard import Measurement
-from polar.rft.rewards import named_reward, verifier
+from polar.rft.named_rewards import named_reward, verifier
 from tests.client.fakes import Fake
 from tests.client.fakes import reward as server_reward
 from tests.corpus.engines.tiny import save_policy
