@@ -17,13 +17,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from polar import __version__
 from polar.cli.evaluation_tables import show
+from polar.client.engines import ServerType
+from polar.client.errors import RewardError
+from polar.client.sync import RewardModelClient
 from polar.errors import InputError
 from polar.evaluation.baselines import baselines, library_versions
-from polar.evaluation.facts import commit, model_facts
-from polar.evaluation.manifest import Manifest, replace_file
+from polar.evaluation.facts import commit, model_facts, served_facts
+from polar.evaluation.manifest import Manifest, ModelFacts, replace_file
 from polar.evaluation.records import MODEL, WITHOUT_REFERENCE
+from polar.evaluation.run import Model, planned
 from polar.evaluation.run import evaluate as run
-from polar.evaluation.run import planned
 from polar.evaluation.suites import Dataset, ReferenceSource, Suite, read_suite
 from polar.evaluation.summary import SUMMARY, summarise
 from polar.model.reward_model import RewardModel
@@ -54,6 +57,8 @@ def evaluate(
     reference_free: bool = False,
     embedding: str | None = None,
     on_bad_row: OnBadRow = "error",
+    server_address: str | None = None,
+    engine: ServerType = "auto",
     device: str | None = None,
     dtype: str | None = None,
     max_length: int | None = None,
@@ -75,6 +80,7 @@ def evaluate(
       polar eval --triples held-out.parquet --seen train.parquet --limit 500
       polar eval suite.yaml --model runs/nano --output results/nano
       polar eval rewardbench-2 --references answers.jsonl --generator gpt-4o --output results/rb2
+      polar eval suite.yaml --model ./rm --server-address gpu1:8000,gpu2:8000 --engine vllm --output results/rm
 
     Args:
         suite: A YAML file, or rewardbench, rewardbench-2, rm-bench, judgebench, ppe, rmb.
@@ -95,6 +101,9 @@ def evaluate(
         reference_free: The model was trained without references, so it reads empty ones; the baselines read the true.
         embedding: A sentence-transformers model for one more baseline.
         on_bad_row: "skip" leaves unreadable rows out and says how many.
+        server_address: host:port or URL of a server that gives the rewards, several separated by commas; the model is
+            then the directory of the checkpoint that it serves. A key is taken from POLAR_API_KEY.
+        engine: What serves there; auto finds out.
         device: Torch device (default: a GPU if there is one).
         dtype: float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on a CPU).
         max_length: Longest input in tokens (default: the checkpoint's).
@@ -111,17 +120,20 @@ def evaluate(
     )
     chosen = _suite(suite, data, triples, preferences, source, tuple(seen), families)
     scorers = baselines(embedding)
-    reward_model = None
-    if not baselines_only:
-        reward_model = RewardModel.load(model, device=device, dtype=dtype)
-        reward_model.template = reward_model.template.with_lengths(max_length, max_response_length)
+    reward_model, facts = None, None
+    if server_address is not None:
+        if baselines_only or device is not None or dtype is not None:
+            raise InputError("a server has its own device and dtype, and is a model: leave those flags out")
+        reward_model, facts = _served(model, server_address, engine, max_length, max_response_length)
+    elif not baselines_only:
+        reward_model, facts = _loaded(model, device, dtype, max_length, max_response_length)
     own = [] if reward_model is None else [MODEL, *([WITHOUT_REFERENCE] if without_reference else [])]
     manifest = Manifest(
         polar=__version__,
         commit=commit(),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         suite=suite or "flags",
-        model=None if reward_model is None else model_facts(model, reward_model),
+        model=facts,
         scorers=(*own, *scorers),
         settings={
             "limit": limit,
@@ -136,17 +148,21 @@ def evaluate(
     with TemporaryDirectory(prefix="polar-eval-") as temporary, _progress() as progress:
         directory = Path(output or temporary)
         task = progress.add_task("items", total=None)
-        manifest = run(
-            chosen,
-            directory,
-            manifest,
-            reward_model,
-            scorers,
-            limit=limit,
-            reference_free=reference_free,
-            on_bad_row=on_bad_row,
-            progress=lambda items: progress.advance(task, items),
-        )
+        try:
+            manifest = run(
+                chosen,
+                directory,
+                manifest,
+                reward_model,
+                scorers,
+                limit=limit,
+                reference_free=reference_free,
+                on_bad_row=on_bad_row,
+                progress=lambda items: progress.advance(task, items),
+            )
+        except RewardError as error:
+            goes_on = "; the same command goes on from what is recorded" if output else ""
+            raise InputError(f"{server_address}: {error}{goes_on}") from error
         summary = summarise(directory)
         content = {"scorers": manifest.scorers, **asdict(summary)}
         replace_file(directory / SUMMARY, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -154,6 +170,24 @@ def evaluate(
     if not console.is_terminal:
         console.width = 160  # a file has no width, and the tables fit into this one
     show(console, manifest, summary)
+
+
+def _loaded(
+    name: str, device: str | None, dtype: str | None, max_length: int | None, max_response_length: int | None
+) -> tuple[Model, ModelFacts]:
+    model = RewardModel.load(name, device=device, dtype=dtype)
+    model.template = model.template.with_lengths(max_length, max_response_length)
+    return model, model_facts(name, model)
+
+
+def _served(
+    name: str, address: str, engine: ServerType, max_length: int | None, max_response_length: int | None
+) -> tuple[Model, ModelFacts]:
+    client = RewardModelClient(
+        name, max_length, max_response_length, server_address=address, server_type=engine
+    )  # closed with the process
+    client.connect()
+    return client, served_facts(name, client.template, engine)
 
 
 def _suite(

@@ -19,7 +19,7 @@ from polar.client.servers import Limits, Server, open_server, parse_addresses
 from polar.client.transport import ABOUT_ITEMS, NO_SUCH_PATH, RefusedError, Transport
 from polar.errors import InputError
 from polar.records import Comparison, Group
-from polar.template import BUNDLED_MODEL, BUNDLED_NAME, Compat, Template
+from polar.template import BUNDLED_MODEL, BUNDLED_NAME, Compat, EncodedGroup, Template
 from polar.wire import api_key
 
 log = logging.getLogger(__name__)
@@ -143,6 +143,14 @@ class AsyncRewardModelClient:
         encoded = await asyncio.to_thread(self._encode, groups)
         rewards = iter(_complete(await self._answers(encoded, progress)))
         return [[next(rewards) for _ in group.candidates] for group in groups]
+
+    async def score_encoded(
+        self, groups: Sequence[EncodedGroup], *, progress: Callable[[int], object] | None = None
+    ) -> list[list[float]]:
+        """Rewards of groups that `self.template` has encoded already; see `score_groups`."""
+        sequences = [ids for group in groups for ids in group.sequences()]
+        rewards = iter(await self.score_ids(sequences, progress=progress))
+        return [[next(rewards) for _ in group.branches] for group in groups]
 
     async def score_ids(
         self, sequences: Iterable[list[int]], *, progress: Callable[[int], object] | None = None

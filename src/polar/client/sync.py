@@ -18,7 +18,7 @@ from polar.errors import InputError
 from polar.fields import TEXT, Row, as_string, as_text
 from polar.formats import wrapper_of
 from polar.records import Comparison, Group, Text
-from polar.template import BUNDLED_NAME, Compat, seed_text
+from polar.template import BUNDLED_NAME, Compat, EncodedGroup, seed_text
 
 Item = Mapping[str, Any]
 """{"prompt", "reference", "output" [, "wrapper"]}; texts are strings or lists of {"role", "content"}."""
@@ -123,6 +123,12 @@ class RewardModelClient:
     ) -> list[list[float]]:
         """See `AsyncRewardModelClient.score_groups`; `progress` is called from another thread."""
         return self._run(self._client.score_groups(groups, progress=progress))
+
+    def score_encoded(
+        self, groups: Sequence[EncodedGroup], *, progress: Callable[[int], object] | None = None
+    ) -> list[list[float]]:
+        """See `AsyncRewardModelClient.score_encoded`; `progress` is called from another thread."""
+        return self._run(self._client.score_encoded(groups, progress=progress))
 
     def score_ids(
         self, sequences: Iterable[list[int]], *, progress: Callable[[int], object] | None = None

@@ -45,8 +45,8 @@ def _section(report: Report, run: Run) -> Iterator[str]:
     yield ""
     commit = f" at {_plain(manifest.commit)}" if manifest.commit else ""
     yield (
-        f"Suite {_plain(manifest.suite)}, polar {_plain(manifest.polar)}{commit}; {_plain(facts.dtype)} on "
-        f"{_plain(facts.device)}; weights {_plain(facts.hash[:12])}, template {_plain(facts.template_hash[:12])}."
+        f"Suite {_plain(manifest.suite)}, polar {_plain(manifest.polar)}{commit}; "
+        f"{_plain(facts.computed)}; {_plain(facts.hashes)}."
     )
     yield ""
 

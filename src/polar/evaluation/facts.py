@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
+from polar.client.client import served_directory
 from polar.evaluation.manifest import ModelFacts
 from polar.model.adapters import base_of, is_adapter
 from polar.model.files import checkpoint_directory
@@ -33,6 +34,28 @@ def model_facts(name: str, model: RewardModel) -> ModelFacts:
         dtype=str(model.model.dtype).removeprefix("torch."),
         max_length=settings.max_length,
         max_response_length=settings.max_response_length,
+    )
+
+
+def served_facts(name: str, template: Template, server_type: str) -> ModelFacts:
+    """The facts of a model that servers have.
+
+    Args:
+        name: The directory of its checkpoint, which may lack the weights.
+        template: How inputs are made.
+        server_type: What serves it.
+    """
+    directory = served_directory(name)
+    return ModelFacts(
+        name=name,
+        hash=weights_hash(directory) if any(directory.glob("*.safetensors")) else None,
+        template_hash=template_hash(template),
+        parameters=None,
+        engine=server_type,
+        device=None,
+        dtype=None,
+        max_length=template.settings.max_length,
+        max_response_length=template.settings.max_response_length,
     )
 
 

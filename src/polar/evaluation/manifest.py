@@ -27,19 +27,30 @@ class ModelFacts(_Facts):
 
     name: str
     """As it was asked for: a directory or a hub name."""
-    hash: str
-    """Hexadecimal digits that change with any weight."""
+    hash: str | None
+    """Hexadecimal digits that change with any weight; None where only a server has them."""
     template_hash: str
     """The same for the input format: tokenizer and settings."""
-    parameters: int
+    parameters: int | None
+    """None where a server computed; it does not tell, as for the two below."""
     engine: str
-    """What computed the rewards: "polar" (this process)."""
-    device: str
-    dtype: str
+    """What computed the rewards: "polar" (this process), or the type of a server."""
+    device: str | None
+    dtype: str | None
     max_length: int
     """Tokens."""
     max_response_length: int
     """Tokens."""
+
+    @property
+    def computed(self) -> str:
+        """By what, in words."""
+        return f"a server ({self.engine})" if self.device is None else f"{self.engine}, {self.dtype} on {self.device}"
+
+    @property
+    def hashes(self) -> str:
+        """Of weights and template, shortened."""
+        return f"weights {(self.hash or 'not here')[:12]}, template {self.template_hash[:12]}"
 
 
 class DatasetFacts(_Facts):

@@ -73,6 +73,8 @@ def _accuracies(report: Report, lines: Sequence[Line]) -> Markup:
             _bars(axes, report, scorer, means, [row + shift for row, _ in estimates], xerr=errors, linestyle="none")
     _rows(axes, [f"{label(line.part.dataset or '')}\n{line.part.task}" for line in lines])
     axes.axvline(0.5, color=INK, alpha=0.3, linewidth=1)
+    low, high = axes.get_xlim()
+    axes.set_xlim(max(low, -0.02), min(high, 1.02))  # bars of few items may be longer than what there is
     axes.set_xlabel("accuracy; bars are two standard errors to each side")
     _legend(figure)
     return svg(figure, "Accuracy of every model and baseline on every data set")
@@ -86,7 +88,7 @@ def _differences(report: Report, comparisons: Sequence[Comparison]) -> Markup:
     names = [f"{label(one.part.dataset or '')}\n{label(one.first)} - {label(one.second)}" for one in comparisons]
     _rows(axes, names)
     axes.axvline(0, color=INK, alpha=0.5, linewidth=1)
-    axes.set_xlabel("difference of accuracies; lines are 95 % intervals of the bootstrap")
+    axes.set_xlabel("difference of accuracies\nlines are 95 % intervals of the bootstrap")
     return svg(figure, "Differences between models, and between models and the best baseline")
 
 

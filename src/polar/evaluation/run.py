@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from polar.errors import InputError
 from polar.evaluation.baselines import Scorer
@@ -23,13 +24,22 @@ from polar.evaluation.records import (
 )
 from polar.evaluation.suites import Dataset, Suite
 from polar.evaluation.tasks import read_items
-from polar.model.reward_model import RewardModel
 from polar.reading import OnBadRow, ReadReport
 from polar.records import Group, text_of
 from polar.references import aggregated
+from polar.template import EncodedGroup, Template
 from polar.writing import on_disk
 
 Progress = Callable[[int], object]
+
+
+class Model(Protocol):
+    """What gives rewards: a `RewardModel`, or a `RewardModelClient` of servers."""
+
+    template: Template
+
+    def score_encoded(self, groups: Sequence[EncodedGroup]) -> list[list[float]]:
+        """Rewards of all candidates of groups that the template has encoded."""
 
 
 def planned(suite: Suite) -> tuple[DatasetFacts, ...]:
@@ -51,7 +61,7 @@ def evaluate(
     suite: Suite,
     directory: Path,
     manifest: Manifest,
-    model: RewardModel | None,
+    model: Model | None,
     baselines: dict[str, Scorer],
     *,
     limit: int | None = None,
@@ -67,7 +77,7 @@ def evaluate(
         suite: What to read.
         directory: For manifest and records; made if needed.
         manifest: With `planned` data sets; its scorers are those of the records.
-        model: None for the baselines alone.
+        model: What gives the rewards; None for the baselines alone.
         baselines: By name.
         limit: At most this many items of each data set (`items.sample`).
         reference_free: The model reads empty references, the baselines the true ones.
@@ -80,6 +90,7 @@ def evaluate(
     Raises:
         InputError: for bad data; and when the directory holds records of another run, or of other data.
         FloatingPointError: a reward is not finite.
+        RewardError, EngineError: a server did not give a reward.
     """
     with on_disk(directory):
         (directory / RECORDS).mkdir(parents=True, exist_ok=True)
@@ -140,8 +151,7 @@ def _short(value: object) -> str:
     if value is None:
         return "none, the baselines alone"
     if isinstance(value, ModelFacts):
-        hashes = f"weights {value.hash[:8]}, template {value.template_hash[:8]}"
-        value = f"{value.name}, {hashes}, {value.dtype} on {value.device}"
+        value = f"{value.name}, {value.hashes}, {value.computed}"
     text = " ".join(str(value).split())
     return text if len(text) <= 150 else text[:150] + "..."
 
@@ -162,7 +172,7 @@ def _score(
     first: int,
     items: Sequence[Item],
     scorers: Sequence[str],
-    model: RewardModel | None,
+    model: Model | None,
     baselines: dict[str, Scorer],
     reference_free: bool,
 ) -> list[Record]:
@@ -182,7 +192,7 @@ def _score(
     return records
 
 
-def _model_rewards(model: RewardModel, groups: Sequence[Group]) -> tuple[list[list[float]], list[tuple[int, ...]]]:
+def _model_rewards(model: Model, groups: Sequence[Group]) -> tuple[list[list[float]], list[tuple[int, ...]]]:
     """Rewards of the model and tokens that were cut; groups of similar length are scored together."""
     encoded = [model.template.encode_group(group) for group in groups]
     order = sorted(range(len(groups)), key=lambda i: len(encoded[i].prefix) + sum(map(len, encoded[i].branches)))

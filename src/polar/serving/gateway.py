@@ -48,10 +48,9 @@ class Gateway:
             RefusalError: The servers did not give all of them.
         """
         try:
-            rewards = iter(await self._client.score_ids([ids for group in groups for ids in group.sequences()]))
+            return await self._client.score_encoded(groups)
         except (RewardError, EngineError) as error:
             raise RefusalError(502, str(error)) from error
-        return [[next(rewards) for _ in group.branches] for group in groups]
 
 
 def addresses(backends: Sequence[str]) -> list[str]:
