@@ -193,6 +193,17 @@ def test_records_of_another_run_or_of_other_data_are_never_mixed(
         list(read_records(output))
 
 
+def test_the_same_suite_may_be_named_in_another_way(
+    files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(f"datasets: [{{name: a, path: '{files[0]}', task: policy discrimination}}]", "utf-8")
+    for name in (str(suite), "suite.yaml"):
+        monkeypatch.chdir(tmp_path)
+        evaluate_command(name, output=str(tmp_path / "out"), baselines_only=True)
+    assert len(list(read_records(tmp_path / "out"))) == 24
+
+
 def test_data_that_became_shorter_are_noticed(
     files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

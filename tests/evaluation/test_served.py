@@ -62,7 +62,7 @@ def test_a_server_that_fails_costs_no_record(
 
     output, settings = tmp_path / "out", {"triples": [data], "model": str(checkpoint)}
     with Fake("vllm", refuse_the_third_shard, model=reward) as server:
-        with pytest.raises(InputError, match="out of order.*the same command goes on"):
+        with pytest.raises(InputError, match="out of order"):
             evaluate(output=str(output), server_address=server.address, **settings)
         recorded = len(list(read_records(output)))
     assert recorded == 20

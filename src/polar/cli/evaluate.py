@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,19 +18,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from polar import __version__
 from polar.cli.evaluation_tables import show
+from polar.cli.models import Model, open_model
 from polar.client.engines import ServerType
-from polar.client.errors import RewardError
-from polar.client.sync import RewardModelClient
 from polar.errors import InputError
 from polar.evaluation.baselines import baselines, library_versions
 from polar.evaluation.facts import commit, model_facts, served_facts
 from polar.evaluation.manifest import Manifest, ModelFacts, replace_file
 from polar.evaluation.records import MODEL, WITHOUT_REFERENCE
-from polar.evaluation.run import Model, planned
 from polar.evaluation.run import evaluate as run
+from polar.evaluation.run import planned
 from polar.evaluation.suites import Dataset, ReferenceSource, Suite, read_suite
 from polar.evaluation.summary import SUMMARY, summarise
-from polar.model.reward_model import RewardModel
 from polar.reading import OnBadRow
 from polar.template import BUNDLED_NAME
 
@@ -115,54 +114,56 @@ def evaluate(
         raise InputError(f"{output}: expected a directory for the records; the summary in it is {SUMMARY}")
     if sum((reference_column is not None, references is not None, chosen_as_reference)) > 1:
         raise InputError("give one of --reference-column, --references and --chosen-as-reference")
+    if baselines_only and server_address is not None:
+        raise InputError("give either --baselines-only or --server-address: a server has a model")
     source = ReferenceSource(
         column=reference_column, file=references, chosen_as_reference=chosen_as_reference, generator=generator
     )
     chosen = _suite(suite, data, triples, preferences, source, tuple(seen), families)
     scorers = baselines(embedding)
-    reward_model, facts = None, None
-    if server_address is not None:
-        if baselines_only or device is not None or dtype is not None:
-            raise InputError("a server has its own device and dtype, and is a model: leave those flags out")
-        reward_model, facts = _served(model, server_address, engine, max_length, max_response_length)
-    elif not baselines_only:
-        reward_model, facts = _loaded(model, device, dtype, max_length, max_response_length)
-    own = [] if reward_model is None else [MODEL, *([WITHOUT_REFERENCE] if without_reference else [])]
-    manifest = Manifest(
-        polar=__version__,
-        commit=commit(),
-        started=datetime.now(UTC).isoformat(timespec="seconds"),
-        suite=suite or "flags",
-        model=facts,
-        scorers=(*own, *scorers),
-        settings={
-            "limit": limit,
-            "on_bad_row": on_bad_row,
-            "reference_free": reference_free,
-            "embedding": embedding,
-            "datasets": [dataset.model_dump(mode="json", exclude_defaults=True) for dataset in chosen.datasets],
-        },
-        versions=dict(library_versions()),
-        datasets=planned(chosen),
-    )
-    with TemporaryDirectory(prefix="polar-eval-") as temporary, _progress() as progress:
+    opened: AbstractContextManager[Model | None] = nullcontext()
+    if not baselines_only:
+        opened = open_model(
+            model,
+            server_address=server_address,
+            engine=engine,
+            device=device,
+            dtype=dtype,
+            max_length=max_length,
+            max_response_length=max_response_length,
+        )
+    with opened as rewarding, TemporaryDirectory(prefix="polar-eval-") as temporary, _progress() as progress:
+        own = [] if rewarding is None else [MODEL, *([WITHOUT_REFERENCE] if without_reference else [])]
+        manifest = Manifest(
+            polar=__version__,
+            commit=commit(),
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            suite=suite or "flags",
+            model=None if rewarding is None else _facts(model, rewarding, engine),
+            scorers=(*own, *scorers),
+            settings={
+                "limit": limit,
+                "on_bad_row": on_bad_row,
+                "reference_free": reference_free,
+                "embedding": embedding,
+                "datasets": [dataset.model_dump(mode="json", exclude_defaults=True) for dataset in chosen.datasets],
+            },
+            versions=dict(library_versions()),
+            datasets=planned(chosen),
+        )
         directory = Path(output or temporary)
         task = progress.add_task("items", total=None)
-        try:
-            manifest = run(
-                chosen,
-                directory,
-                manifest,
-                reward_model,
-                scorers,
-                limit=limit,
-                reference_free=reference_free,
-                on_bad_row=on_bad_row,
-                progress=lambda items: progress.advance(task, items),
-            )
-        except RewardError as error:
-            goes_on = "; the same command goes on from what is recorded" if output else ""
-            raise InputError(f"{server_address}: {error}{goes_on}") from error
+        manifest = run(
+            chosen,
+            directory,
+            manifest,
+            rewarding,
+            scorers,
+            limit=limit,
+            reference_free=reference_free,
+            on_bad_row=on_bad_row,
+            progress=lambda items: progress.advance(task, items),
+        )
         summary = summarise(directory)
         content = {"scorers": manifest.scorers, **asdict(summary)}
         replace_file(directory / SUMMARY, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -172,22 +173,8 @@ def evaluate(
     show(console, manifest, summary)
 
 
-def _loaded(
-    name: str, device: str | None, dtype: str | None, max_length: int | None, max_response_length: int | None
-) -> tuple[Model, ModelFacts]:
-    model = RewardModel.load(name, device=device, dtype=dtype)
-    model.template = model.template.with_lengths(max_length, max_response_length)
-    return model, model_facts(name, model)
-
-
-def _served(
-    name: str, address: str, engine: ServerType, max_length: int | None, max_response_length: int | None
-) -> tuple[Model, ModelFacts]:
-    client = RewardModelClient(
-        name, max_length, max_response_length, server_address=address, server_type=engine
-    )  # closed with the process
-    client.connect()
-    return client, served_facts(name, client.template, engine)
+def _facts(name: str, model: Model, engine: str) -> ModelFacts:
+    return served_facts(name, model.template, engine) if model.local is None else model_facts(name, model.local)
 
 
 def _suite(

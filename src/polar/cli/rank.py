@@ -15,11 +15,12 @@ from rich.table import Table
 from rich.text import Text as Cell
 
 from polar import formats
+from polar.cli.models import Model, open_model
 from polar.cli.score import WINDOW, Verbatim, progress_bar
+from polar.client.engines import ServerType
 from polar.errors import InputError
 from polar.fields import Row, as_text
 from polar.model.calibration import scaling
-from polar.model.reward_model import RewardModel
 from polar.reading import OnBadRow, ReadReport, convert_rows
 from polar.records import Group, text_of
 from polar.template import BUNDLED_NAME
@@ -75,6 +76,8 @@ def rank(
     model: str = BUNDLED_NAME,
     reference_column: str | None = None,
     on_bad_row: OnBadRow = "error",
+    server_address: str | None = None,
+    engine: ServerType = "auto",
     device: str | None = None,
     dtype: str | None = None,
     max_length: int | None = None,
@@ -93,6 +96,7 @@ def rank(
       polar rank --prompt "Capital of China?" --reference Beijing. --candidate "It is Beijing." --candidate Shanghai.
       polar rank samples.jsonl --top-k 1 --to best.jsonl
       polar rank samples.parquet --model runs/rm --min-zscore 1 --top-k 4 --to kept.parquet
+      polar rank samples.parquet --model ./rm --server-address gpu1:8000,gpu2:8000 --top-k 1 --to best.parquet
 
     Args:
         inputs: Files (JSONL, also .gz and .zst, or Parquet), directories, or - for stdin.
@@ -106,6 +110,9 @@ def rank(
         model: Checkpoint directory, hub name, or polar-nano for the bundled model.
         reference_column: Column of the reference (default: reference).
         on_bad_row: "skip" leaves unreadable rows out and says how many.
+        server_address: host:port or URL of a server that gives the rewards, several separated by commas; the model is
+            then the directory of the checkpoint that it serves. A key is taken from POLAR_API_KEY.
+        engine: What serves there; auto finds out.
         device: Torch device (default: a GPU if there is one).
         dtype: float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on a CPU).
         max_length: Longest input in tokens (default: the checkpoint's).
@@ -114,8 +121,6 @@ def rank(
     """
     if top_k is not None and top_k < 1:
         raise InputError(f"top_k must be at least 1, found {top_k}")
-    if batch_tokens is not None and batch_tokens < 1:
-        raise InputError(f"batch_tokens must be at least 1, found {batch_tokens}")
     reports, counts = [ReadReport() for _ in inputs], Counts()
     if inputs:
         _require_flags(inputs, prompt, reference, candidate)
@@ -123,11 +128,19 @@ def rank(
     else:
         waiting = iter([_from_flags(prompt, reference, candidate)])
     first = list(islice(waiting, 1))  # a mistake in the input shows before a large model is loaded
-    reward_model = RewardModel.load(model, device=device, dtype=dtype)
-    reward_model.template = reward_model.template.with_lengths(max_length, max_response_length)
+    opened = open_model(
+        model,
+        server_address=server_address,
+        engine=engine,
+        device=device,
+        dtype=dtype,
+        max_length=max_length,
+        max_response_length=max_response_length,
+        batch_tokens=batch_tokens,
+    )
     limits = Limits(top_k, min_reward, min_zscore)
-    with progress_bar() as progress:
-        ranked = _rank(reward_model, chain(first, waiting), limits, counts, batch_tokens, progress)
+    with opened as reward_model, progress_bar() as progress:
+        ranked = _rank(reward_model, chain(first, waiting), limits, counts, progress)
         if to is None and sys.stdout.isatty():
             table = _table(ranked)
         else:
@@ -224,22 +237,18 @@ def _rows_of(row: Row) -> tuple[dict[str, Any], ...]:
 
 
 def _rank(
-    model: RewardModel,
+    model: Model,
     waiting: Iterator[Candidates],
     limits: Limits,
     counts: Counts,
-    batch_tokens: int | None,
     progress: Progress,
 ) -> Iterator[list[dict[str, Any]]]:
     """For every prompt the rows that are kept, best first; only one window of prompts is in memory."""
     zscore = None if limits.min_zscore is None else scaling("zscore", model.calibration)
     task = progress.add_task("ranking", total=None)
     while window := list(islice(waiting, WINDOW)):
-        scored = model.score_groups(
-            (candidates.group for candidates in window),
-            batch_tokens=batch_tokens,
-            progress=lambda count: progress.advance(task, count),
-        )
+        encoded = [model.template.encode_group(candidates.group) for candidates in window]
+        scored = model.score_encoded(encoded, progress=lambda count: progress.advance(task, count))
         for candidates, rewards in zip(window, scored, strict=True):
             values = [{"reward": reward} for reward in rewards]
             if zscore is not None:

@@ -13,9 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text as Cell
 
+from polar.cli.models import Model, open_model
+from polar.client.engines import ServerType
 from polar.errors import InputError
 from polar.model.calibration import Scale, scaling, with_reference
-from polar.model.reward_model import RewardModel
 from polar.reading import ReadReport, read_groups_by_reference
 from polar.records import Group, text_of
 from polar.references import Aggregate, aggregated, groups_of
@@ -42,6 +43,8 @@ def score(
     aggregate: Aggregate = "max",
     explain: bool = False,
     on_bad_row: Literal["error", "skip"] = "error",
+    server_address: str | None = None,
+    engine: ServerType = "auto",
     device: str | None = None,
     dtype: str | None = None,
     compat: Compat | None = None,
@@ -61,6 +64,7 @@ def score(
       polar score answers.jsonl --to rewards.jsonl
       polar score answers.parquet --to rewards.parquet --explain --on-bad-row skip
       cat answers.jsonl | polar score - | jq .reward
+      polar score answers.jsonl --model ./rm --server-address gpu1:8000,gpu2:8000 --engine vllm --to rewards.jsonl
 
     Args:
         inputs: Files (JSONL, also .gz and .zst, or Parquet), directories, or - for stdin.
@@ -77,6 +81,9 @@ def score(
         explain: Add how many tokens were read, how many were cut from prompt, reference and output (over all
             references), and the rewards by reference.
         on_bad_row: "skip" leaves unreadable rows out and says how many.
+        server_address: host:port or URL of a server that gives the rewards, several separated by commas; the model is
+            then the directory of the checkpoint that it serves. A key is taken from POLAR_API_KEY.
+        engine: What serves there; auto finds out.
         device: Torch device (default: a GPU if there is one).
         dtype: float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on a CPU).
         compat: "seed" builds the inputs exactly as the original POLAR client does.
@@ -84,16 +91,23 @@ def score(
         max_response_length: Longest reference and output in tokens (default: the checkpoint's).
         batch_tokens: Tokens of one forward pass (default: 4096 on a CPU, 16384 elsewhere).
     """
-    if batch_tokens is not None and batch_tokens < 1:
-        raise InputError(f"batch_tokens must be at least 1, found {batch_tokens}")
     reports = [ReadReport() for _ in inputs]
     groups = _groups(inputs, reports, on_bad_row, prompt, reference, output)
     first = list(islice(groups, 1))  # a mistake in the input shows before a large model is loaded
     groups = chain(first, groups)
-    reward_model = RewardModel.load(model, device=device, dtype=dtype, compat=compat)
-    reward_model.template = reward_model.template.with_lengths(max_length, max_response_length)
-    with progress_bar() as progress:
-        rows = _score(reward_model, groups, scale, aggregate, explain, batch_tokens, progress)
+    opened = open_model(
+        model,
+        server_address=server_address,
+        engine=engine,
+        device=device,
+        dtype=dtype,
+        max_length=max_length,
+        max_response_length=max_response_length,
+        batch_tokens=batch_tokens,
+        compat=compat,
+    )
+    with opened as reward_model, progress_bar() as progress:
+        rows = _score(reward_model, groups, scale, aggregate, explain, progress)
         if to is None and sys.stdout.isatty():
             table = _table(rows, explain)
         else:
@@ -135,12 +149,11 @@ def _groups(
 
 
 def _score(
-    model: RewardModel,
+    model: Model,
     groups: Iterator[tuple[Group, ...]],
     scale: Scale,
     aggregate: Aggregate,
     explain: bool,
-    batch_tokens: int | None,
     progress: Progress,
 ) -> Iterator[tuple[Group, dict[str, Any]]]:
     """One result row per candidate, in the order of the input; only one window of groups is in memory."""
@@ -149,9 +162,7 @@ def _score(
     while window := list(islice(groups, WINDOW)):
         asked = [with_reference(group) if scale == "probability" else group for row in window for group in row]
         encoded = [model.template.encode_group(group) for group in asked]
-        scored = model.score_encoded(
-            encoded, batch_tokens=batch_tokens, progress=lambda count: progress.advance(task, count)
-        )
+        scored = model.score_encoded(encoded, progress=lambda count: progress.advance(task, count))
         results = iter(zip(encoded, map(in_scale, scored), strict=True))
         for several in window:
             inputs, rewards = zip(*islice(results, len(several)), strict=True)

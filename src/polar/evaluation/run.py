@@ -27,7 +27,7 @@ from polar.evaluation.tasks import read_items
 from polar.reading import OnBadRow, ReadReport
 from polar.records import Group, text_of
 from polar.references import aggregated
-from polar.template import EncodedGroup, Template
+from polar.template import Template
 from polar.writing import on_disk
 
 Progress = Callable[[int], object]
@@ -36,10 +36,13 @@ Progress = Callable[[int], object]
 class Model(Protocol):
     """What gives rewards: a `RewardModel`, or a `RewardModelClient` of servers."""
 
-    template: Template
+    @property
+    def template(self) -> Template:
+        """How it reads inputs."""
 
-    def score_encoded(self, groups: Sequence[EncodedGroup]) -> list[list[float]]:
-        """Rewards of all candidates of groups that the template has encoded."""
+    @property
+    def score_encoded(self) -> Callable[..., list[list[float]]]:
+        """Called with groups that the template has encoded, gives the rewards of all their candidates."""
 
 
 def planned(suite: Suite) -> tuple[DatasetFacts, ...]:
@@ -134,7 +137,8 @@ def _continued(directory: Path, manifest: Manifest) -> Manifest:
             raise InputError(f"{directory}: holds records without a {MANIFEST}; choose another directory")
         return manifest
     before = read_manifest(directory)
-    for field in ("polar", "suite", "model", "scorers", "settings"):
+    # Settings hold the data sets, so the suite may be named in another way now.
+    for field in ("polar", "model", "scorers", "settings"):
         old, new = getattr(before, field), getattr(manifest, field)
         if old != new:
             raise InputError(

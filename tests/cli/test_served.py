@@ -1,0 +1,84 @@
+"""`polar score` and `polar rank` by servers: the same results as in this process, and clear words when they fail."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from polar import EncodedGroup, RewardModel
+from polar.cli.main import main
+from polar.model.calibration import Calibration
+from tests.client.fakes import Fake, Ids, Reply
+
+ROWS = [
+    {"prompt": f"Capital number {n}?", "reference": "It is Beijing.", "candidates": ["Beijing", "It is Shanghai", "no"]}
+    for n in range(5)
+]
+
+
+@pytest.fixture
+def calibrated(llama: RewardModel, tmp_path: Path) -> Path:
+    model = RewardModel(
+        llama.model, llama.tokenizer, llama.template, calibration=Calibration(mean=-2, std=4, temperature=1.5)
+    )
+    model.save(tmp_path / "calibrated")
+    return tmp_path / "calibrated"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["score", "--explain"],
+        ["score", "--scale", "zscore"],
+        ["score", "--scale", "probability", "--max-length", "60", "--max-response-length", "8"],
+        ["score", "--compat", "seed"],
+        ["rank", "--top-k", "2"],
+        ["rank", "--min-zscore", "0.4"],
+    ],
+)
+def test_a_server_gives_the_same_results(
+    words: list[str], llama: RewardModel, calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reward(ids: Ids) -> float:
+        return llama.score_encoded([EncodedGroup([], [ids], [])])[0][0]
+
+    data = tmp_path / "in.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), "utf-8")
+    command, *flags = words
+    words = [command, str(data), "--model", str(calibrated), *flags]
+    assert main(words) == 0
+    here = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    with Fake("sglang", model=reward) as server:
+        assert main([*words, "--server-address", server.address, "--engine", "sglang"]) == 0
+    there = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(there) == len(here) > 0
+    for mine, served in zip(here, there, strict=True):
+        numbers = {name for name in mine if name in ("reward", "zscore", "by_reference")}
+        for name in numbers:
+            assert served[name] == pytest.approx(mine[name], abs=1e-4)
+        assert {name: served[name] for name in mine if name not in numbers} == {
+            name: mine[name] for name in mine if name not in numbers
+        }
+
+
+@pytest.mark.parametrize("command", ["score", "rank"])
+def test_a_server_that_fails_is_one_line_and_no_file(
+    command: str, llama: RewardModel, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(number: int, path: str, sequences: list[Ids]) -> Reply | None:
+        return Reply(400, {"detail": "out of order"}) if number else None
+
+    def reward(ids: Ids) -> float:
+        return llama.score_encoded([EncodedGroup([], [ids], [])])[0][0]
+
+    data, to = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), "utf-8")
+    words = [command, str(data), "--model", str(checkpoint), "--to", str(to)]
+    with Fake("vllm", refuse, model=reward) as server:
+        assert main([*words, "--server-address", server.address]) == 2
+        error = capsys.readouterr().err
+        assert f"{server.address}: 15 of 15 rewards failed" in error
+        assert "out of order" in error
+        assert not to.exists()
+        assert main([*words, "--server-address", server.address, "--dtype", "bfloat16"]) == 2
+        assert "leave those flags out" in capsys.readouterr().err
