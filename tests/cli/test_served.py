@@ -1,4 +1,4 @@
-"""`polar score` and `polar rank` by servers: the same results as in this process, and clear words when they fail."""
+"""Commands that ask servers for rewards: the same results as in this process, and clear words when they fail."""
 
 import json
 from pathlib import Path
@@ -59,6 +59,25 @@ def test_a_server_gives_the_same_results(
         assert {name: served[name] for name in mine if name not in numbers} == {
             name: mine[name] for name in mine if name not in numbers
         }
+
+
+def test_a_calibration_by_a_server_is_the_same(llama: RewardModel, checkpoint: Path, tmp_path: Path) -> None:
+    def reward(ids: Ids) -> float:
+        return llama.score_encoded([EncodedGroup([], [ids], [])])[0][0]
+
+    data = tmp_path / "in.jsonl"
+    rows = [{"prompt": "p", "reference": f"r {n}", "chosen": f"a {n}", "rejected": f"b {n} {n % 3}"} for n in range(20)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    words = ["calibrate", str(checkpoint), "--data", str(data)]
+    assert main([*words, "--output", str(tmp_path / "here")]) == 0
+    with Fake("vllm", model=reward) as server:
+        assert main([*words, "--server-address", server.address, "--output", str(tmp_path / "there")]) == 0
+    here, there = (
+        json.loads((tmp_path / name / "polar.json").read_text("utf-8"))["calibration"] for name in ("here", "there")
+    )
+    for name in ("mean", "std", "accuracy"):
+        assert there[name] == pytest.approx(here[name], abs=1e-5)
+    assert there["quantiles"] == pytest.approx(here["quantiles"], abs=1e-4)
 
 
 @pytest.mark.parametrize("command", ["score", "rank"])

@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from polar.cli.models import Model, open_model
 from polar.cli.score import WINDOW, progress_bar
+from polar.client.engines import ServerType
 from polar.model import calibration as calibrating
 from polar.model.calibration import Calibration, Sample, read_samples
 from polar.model.files import checkpoint_directory
-from polar.model.reward_model import RewardModel
 from polar.reading import OnBadRow, ReadReport
 from polar.template import CHECKPOINT_FILE
 
@@ -33,6 +34,8 @@ def calibrate(
     output: str | None = None,
     reference_column: str | None = None,
     on_bad_row: OnBadRow = "error",
+    server_address: str | None = None,
+    engine: ServerType = "auto",
     device: str | None = None,
     dtype: str | None = None,
     batch_tokens: int | None = None,
@@ -55,6 +58,9 @@ def calibrate(
         output: Leave the checkpoint as it is, and write a calibrated copy to this directory.
         reference_column: Column of the reference (default: reference).
         on_bad_row: "skip" leaves unreadable rows out and says how many.
+        server_address: host:port or URL of a server that gives the rewards, several separated by commas; the model is
+            then the directory of the checkpoint that it serves. A key is taken from POLAR_API_KEY.
+        engine: What serves there; auto finds out.
         device: Torch device (default: a GPU if there is one).
         dtype: float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on a CPU).
         batch_tokens: Tokens of one forward pass (default: 4096 on a CPU, 16384 elsewhere).
@@ -70,9 +76,11 @@ def calibrate(
         for sample in read_samples(path, reference_column=reference_column, on_bad_row=on_bad_row, report=report)
     )
     first = list(islice(samples, 1))  # a mistake in the input shows before a large model is loaded
-    reward_model = RewardModel.load(model, device=device, dtype=dtype)
-    with progress_bar() as progress:
-        measured = _measure(reward_model, chain(first, samples), batch_tokens, progress)
+    opened = open_model(
+        model, server_address=server_address, engine=engine, device=device, dtype=dtype, batch_tokens=batch_tokens
+    )
+    with opened as reward_model, progress_bar() as progress:
+        measured = _measure(reward_model, chain(first, samples), progress)
         found = calibrating.calibrate(measured, [Path(path).name for path in data])
     target = checkpoint_directory(model) if output is None else Path(output)
     if output is None:
@@ -86,17 +94,12 @@ def calibrate(
     sys.stderr.write(f"wrote {target / CHECKPOINT_FILE}\n")
 
 
-def _measure(
-    model: RewardModel, samples: Iterable[Sample], batch_tokens: int | None, progress: Progress
-) -> Iterator[tuple[Sample, list[float]]]:
+def _measure(model: Model, samples: Iterable[Sample], progress: Progress) -> Iterator[tuple[Sample, list[float]]]:
     task = progress.add_task("scoring", total=None)
     waiting = iter(samples)
     while window := list(islice(waiting, WINDOW)):
-        rewards = model.score_groups(
-            (sample.group for sample in window),
-            batch_tokens=batch_tokens,
-            progress=lambda count: progress.advance(task, count),
-        )
+        encoded = [model.template.encode_group(sample.group) for sample in window]
+        rewards = model.score_encoded(encoded, progress=lambda count: progress.advance(task, count))
         yield from zip(window, rewards, strict=True)
 
 

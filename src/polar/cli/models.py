@@ -37,8 +37,8 @@ def open_model(
     engine: ServerType,
     device: str | None,
     dtype: str | None,
-    max_length: int | None,
-    max_response_length: int | None,
+    max_length: int | None = None,
+    max_response_length: int | None = None,
     batch_tokens: int | None = None,
     compat: Compat | None = None,
 ) -> Iterator[Model]:
