@@ -14,7 +14,7 @@ from polar.client.sync import RewardModelClient
 from polar.errors import InputError
 from polar.model.calibration import Calibration, read_calibration
 from polar.model.reward_model import RewardModel
-from polar.template import CHECKPOINT_FILE, Compat, Template, read_checkpoint_file
+from polar.template import Compat, Template
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +56,7 @@ def open_model(
         return
     if device is not None or dtype is not None or batch_tokens is not None:
         raise InputError("device, dtype and batch_tokens are the server's own: leave those flags out")
-    directory = served_directory(name)
-    values = read_checkpoint_file(directory).get("calibration")
-    calibration = None if values is None else read_calibration(values, directory / CHECKPOINT_FILE)
+    calibration = read_calibration(served_directory(name))
     with RewardModelClient(
         name,
         max_length,

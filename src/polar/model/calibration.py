@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -74,20 +74,23 @@ class Sample:
     """The candidates stand in order, best first, so that each two of them are a pair."""
 
 
-def read_calibration(values: Any, file: Path) -> Calibration:
-    """The calibration in a checkpoint's `polar.json`.
+def read_calibration(directory: Path) -> Calibration | None:
+    """The calibration in the `polar.json` of a checkpoint, if there is one.
 
     Raises:
-        InputError: it is none.
+        InputError: what stands there is none.
     """
+    values = read_checkpoint_file(directory).get("calibration")
+    if values is None:
+        return None
     try:
         return TypeAdapter(Calibration).validate_json(json.dumps(values))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(["calibration", *map(str, first["loc"])])
         raise InputError(
-            f'{file}: calibration: expected {{"mean": a number, "std": a positive number, ...}} as `polar calibrate` '
-            f"writes it; {place}: {first['msg']}"
+            f'{directory / CHECKPOINT_FILE}: calibration: expected {{"mean": a number, "std": a positive number, ...}} '
+            f"as `polar calibrate` writes it; {place}: {first['msg']}"
         ) from error
 
 

@@ -101,9 +101,8 @@ class RewardModel:
         if not adapted:
             require_reward_config(directory)
         template = Template.load(directory, compat)
-        ours = read_checkpoint_file(directory)
-        provenance, values = ours.get("provenance") or {}, ours.get("calibration")
-        calibration = None if values is None else read_calibration(values, directory / CHECKPOINT_FILE)
+        provenance = read_checkpoint_file(directory).get("provenance") or {}
+        calibration = read_calibration(directory)
         place = choose_device(device)
         weights = choose_dtype(dtype, place)
         try:

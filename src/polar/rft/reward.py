@@ -25,7 +25,6 @@ from polar.records import Comparison
 from polar.references import aggregated
 from polar.rft.samples import Sample, as_scored
 from polar.rft.settings import Settings, read_settings
-from polar.template import CHECKPOINT_FILE, read_checkpoint_file
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +57,7 @@ class Reward:
             compat=settings.compat,
             limits=Limits(settings.concurrency, timeout=settings.timeout, deadline=settings.deadline),
         )
-        calibration = read_checkpoint_file(directory).get("calibration")
-        self._in_scale = scaling(
-            settings.scale,
-            None if calibration is None else read_calibration(calibration, directory / CHECKPOINT_FILE),
-        )
+        self._in_scale = scaling(settings.scale, read_calibration(directory))
 
     async def score(self, sample: Sample) -> Scored:
         """The reward of one sample, in any event loop; calls at the same time share their requests.

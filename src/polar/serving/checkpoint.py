@@ -17,11 +17,9 @@ from polar.serving.refusal import RefusalError
 from polar.template import (
     BUNDLED_MODEL,
     BUNDLED_NAME,
-    CHECKPOINT_FILE,
     Compat,
     EncodedGroup,
     Template,
-    read_checkpoint_file,
 )
 
 Inputs = list[str] | list[list[int]]
@@ -135,6 +133,4 @@ def load_template(source: str, loading: Loading) -> Checkpoint:
 
 def _checkpoint(source: str, directory: Path, template: Template, model: RewardModel | None) -> Checkpoint:
     vocab_size = max(template.tokenizer.get_vocab().values()) + 1 if model is None else model.model.config.vocab_size
-    values = read_checkpoint_file(directory).get("calibration")
-    calibration = None if values is None else read_calibration(values, directory / CHECKPOINT_FILE)
-    return Checkpoint(source, template, vocab_size, calibration, model)
+    return Checkpoint(source, template, vocab_size, read_calibration(directory), model)
