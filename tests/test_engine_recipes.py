@@ -98,7 +98,7 @@ def test_a_missing_model_is_one_line(engine: str) -> None:
 
 def test_the_polar_commands_of_the_docs_have_only_flags_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for page in PAGES for line in re.findall(r"^polar .*", page.read_text("utf-8"), re.M)]
-    assert {shlex.split(line)[1] for line in lines} == {"convert", "export", "parity", "serve"}
+    assert {shlex.split(line)[1] for line in lines} == {"convert", "export", "parity", "score", "serve"}
     for line in lines:
         words = shlex.split(line, comments=True)
         assert main([words[1], "--help"]) == 0

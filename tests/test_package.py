@@ -112,6 +112,7 @@ def test_the_readmes_python_runs() -> None:
     assert re.match(r"\[-?\d+\.\d+\]\n\[\[(-?\d+\.\d+(, )?){3}\]\]\n$", result.stdout)
 
 
+@pytest.mark.timeout(600)  # it starts fifteen commands one after the other
 def test_the_readmes_commands_run(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Every `polar` line, in order, where the files they name exist (short runs, a tiny official model)."""
     with open_writer(tmp_path / "prompts.jsonl") as writer:
