@@ -192,11 +192,14 @@ def test_environment_variables_set_flags(checkpoint: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
-def test_help_shows_flags_and_examples(command: str) -> None:
-    result = polar(command, "--help")
-    assert result.returncode == 0, result.stderr
-    assert f"polar {command}" in result.stdout
-    assert "Examples:" in result.stdout
+def test_help_shows_flags_and_examples(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main([*command.split(), "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"polar {command}" in shown
+    assert "Examples:" in shown
 
 
 def test_our_own_fault_exits_with_1_and_a_traceback(checkpoint: Path) -> None:
