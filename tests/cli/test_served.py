@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from polar import EncodedGroup, RewardModel
+from polar import RewardModel
 from polar.cli.main import main
 from polar.model.calibration import Calibration
-from tests.client.fakes import Fake, Ids, Reply
+from tests.client.fakes import Fake, Ids, Reply, rewards_of
 
 ROWS = [
     {"prompt": f"Capital number {n}?", "reference": "It is Beijing.", "candidates": ["Beijing", "It is Shanghai", "no"]}
@@ -39,16 +39,13 @@ def calibrated(llama: RewardModel, tmp_path: Path) -> Path:
 def test_a_server_gives_the_same_results(
     words: list[str], llama: RewardModel, calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def reward(ids: Ids) -> float:
-        return llama.score_encoded([EncodedGroup([], [ids], [])])[0][0]
-
     data = tmp_path / "in.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), "utf-8")
     command, *flags = words
     words = [command, str(data), "--model", str(calibrated), *flags]
     assert main(words) == 0
     here = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    with Fake("sglang", model=reward) as server:
+    with Fake("sglang", model=rewards_of(llama)) as server:
         assert main([*words, "--server-address", server.address, "--engine", "sglang"]) == 0
     there = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(there) == len(here) > 0
@@ -62,15 +59,12 @@ def test_a_server_gives_the_same_results(
 
 
 def test_a_calibration_by_a_server_is_the_same(llama: RewardModel, checkpoint: Path, tmp_path: Path) -> None:
-    def reward(ids: Ids) -> float:
-        return llama.score_encoded([EncodedGroup([], [ids], [])])[0][0]
-
     data = tmp_path / "in.jsonl"
     rows = [{"prompt": "p", "reference": f"r {n}", "chosen": f"a {n}", "rejected": f"b {n} {n % 3}"} for n in range(20)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     words = ["calibrate", str(checkpoint), "--data", str(data)]
     assert main([*words, "--output", str(tmp_path / "here")]) == 0
-    with Fake("vllm", model=reward) as server:
+    with Fake("vllm", model=rewards_of(llama)) as server:
         assert main([*words, "--server-address", server.address, "--output", str(tmp_path / "there")]) == 0
     here, there = (
         json.loads((tmp_path / name / "polar.json").read_text("utf-8"))["calibration"] for name in ("here", "there")
@@ -87,13 +81,10 @@ def test_a_server_that_fails_is_one_line_and_no_file(
     def refuse(number: int, path: str, sequences: list[Ids]) -> Reply | None:
         return Reply(400, {"detail": "out of order"}) if number else None
 
-    def reward(ids: Ids) -> float:
-        return llama.score_encoded([EncodedGroup([], [ids], [])])[0][0]
-
     data, to = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), "utf-8")
     words = [command, str(data), "--model", str(checkpoint), "--to", str(to)]
-    with Fake("vllm", refuse, model=reward) as server:
+    with Fake("vllm", refuse, model=rewards_of(llama)) as server:
         assert main([*words, "--server-address", server.address]) == 2
         error = capsys.readouterr().err
         assert f"{server.address}: 15 of 15 rewards failed" in error
@@ -101,3 +92,5 @@ def test_a_server_that_fails_is_one_line_and_no_file(
         assert not to.exists()
         assert main([*words, "--server-address", server.address, "--dtype", "bfloat16"]) == 2
         assert "leave those flags out" in capsys.readouterr().err
+    assert main([*words, "--engine", "vllm"]) == 2
+    assert "give both" in capsys.readouterr().err

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from polar import EncodedGroup, InputError, RewardModel
+from polar import InputError, RewardModel
 from polar.cli.eval_report import report as report_command
 from polar.cli.evaluate import evaluate
 from polar.evaluation.manifest import read_manifest
 from polar.evaluation.records import read_records
 from polar.evaluation.report import build_report
 from polar.writing import record_to_dict
-from tests.client.fakes import Fake, Ids, Reply
+from tests.client.fakes import Fake, Ids, Reply, rewards_of
 from tests.evaluation.evaluating import triples, write_rows
 from tests.serving.serving import serving
 
@@ -49,9 +49,6 @@ def test_a_server_gives_the_records_that_the_model_gives(checkpoint: Path, data:
 def test_a_server_that_fails_costs_no_record(
     llama: RewardModel, checkpoint: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def reward(ids: Ids) -> float:
-        return llama.score_encoded([EncodedGroup([], [ids], [])])[0][0]
-
     monkeypatch.setattr("polar.evaluation.items.SHARD_ITEMS", 10)
     sent = 0
 
@@ -61,12 +58,12 @@ def test_a_server_that_fails_costs_no_record(
         return Reply(400, {"detail": "out of order"}) if sent > 2 * 20 + 3 else None
 
     output, settings = tmp_path / "out", {"triples": [data], "model": str(checkpoint)}
-    with Fake("vllm", refuse_the_third_shard, model=reward) as server:
+    with Fake("vllm", refuse_the_third_shard, model=rewards_of(llama)) as server:
         with pytest.raises(InputError, match="out of order"):
             evaluate(output=str(output), server_address=server.address, **settings)
         recorded = len(list(read_records(output)))
     assert recorded == 20
-    with Fake("vllm", model=reward) as server:
+    with Fake("vllm", model=rewards_of(llama)) as server:
         evaluate(output=str(output), server_address=server.address, **settings)
         asked = sum(map(len, server.batches[1:]))
     assert asked == 2 * 4

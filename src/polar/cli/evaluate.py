@@ -22,8 +22,8 @@ from polar.cli.models import Model, open_model
 from polar.client.engines import ServerType
 from polar.errors import InputError
 from polar.evaluation.baselines import baselines, library_versions
-from polar.evaluation.facts import commit, model_facts, served_facts
-from polar.evaluation.manifest import Manifest, ModelFacts, replace_file
+from polar.evaluation.facts import commit, model_facts
+from polar.evaluation.manifest import Manifest, replace_file
 from polar.evaluation.records import MODEL, WITHOUT_REFERENCE
 from polar.evaluation.run import evaluate as run
 from polar.evaluation.run import planned
@@ -139,7 +139,7 @@ def evaluate(
             commit=commit(),
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             suite=suite or "flags",
-            model=None if rewarding is None else _facts(model, rewarding, engine),
+            model=None if rewarding is None else model_facts(model, rewarding.template, rewarding.local, engine),
             scorers=(*own, *scorers),
             settings={
                 "limit": limit,
@@ -171,10 +171,6 @@ def evaluate(
     if not console.is_terminal:
         console.width = 160  # a file has no width, and the tables fit into this one
     show(console, manifest, summary)
-
-
-def _facts(name: str, model: Model, engine: str) -> ModelFacts:
-    return served_facts(name, model.template, engine) if model.local is None else model_facts(name, model.local)
 
 
 def _suite(

@@ -50,6 +50,8 @@ def open_model(
     if batch_tokens is not None and batch_tokens < 1:
         raise InputError(f"batch_tokens must be at least 1, found {batch_tokens}")
     if server_address is None:
+        if engine != "auto":
+            raise InputError("--engine says what serves at --server-address: give both")
         model = RewardModel.load(name, device=device, dtype=dtype, compat=compat)
         template = model.template = model.template.with_lengths(max_length, max_response_length)
         yield Model(template, model.calibration, partial(model.score_encoded, batch_tokens=batch_tokens), model)

@@ -8,7 +8,6 @@ import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
-from polar.client.client import served_directory
 from polar.evaluation.manifest import ModelFacts
 from polar.model.adapters import base_of, is_adapter
 from polar.model.files import checkpoint_directory
@@ -16,44 +15,24 @@ from polar.model.reward_model import RewardModel
 from polar.template import Template
 
 
-def model_facts(name: str, model: RewardModel) -> ModelFacts:
-    """The facts of a loaded model; reads its files once more for their hash.
+def model_facts(name: str, template: Template, model: RewardModel | None, engine: str) -> ModelFacts:
+    """The facts of the model that is evaluated; reads its files once more for their hash.
 
     Args:
-        name: What it was loaded from.
-        model: The model, with the template that it is used with.
-    """
-    settings = model.template.settings
-    return ModelFacts(
-        name=name,
-        hash=weights_hash(checkpoint_directory(name)),
-        template_hash=template_hash(model.template),
-        parameters=sum(parameter.numel() for parameter in model.model.parameters()),
-        engine="polar",
-        device=str(model.device),
-        dtype=str(model.model.dtype).removeprefix("torch."),
-        max_length=settings.max_length,
-        max_response_length=settings.max_response_length,
-    )
-
-
-def served_facts(name: str, template: Template, server_type: str) -> ModelFacts:
-    """The facts of a model that servers have.
-
-    Args:
-        name: The directory of its checkpoint, which may lack the weights.
+        name: What it was loaded from, or the directory of the checkpoint that servers have, which may lack the weights.
         template: How inputs are made.
-        server_type: What serves it.
+        model: None where servers have it.
+        engine: What serves it then.
     """
-    directory = served_directory(name)
+    directory = checkpoint_directory(name)
     return ModelFacts(
         name=name,
         hash=weights_hash(directory) if any(directory.glob("*.safetensors")) else None,
         template_hash=template_hash(template),
-        parameters=None,
-        engine=server_type,
-        device=None,
-        dtype=None,
+        parameters=None if model is None else sum(parameter.numel() for parameter in model.model.parameters()),
+        engine=engine if model is None else "polar",
+        device=None if model is None else str(model.device),
+        dtype=None if model is None else str(model.model.dtype).removeprefix("torch."),
         max_length=template.settings.max_length,
         max_response_length=template.settings.max_response_length,
     )

@@ -34,7 +34,7 @@ class ModelFacts(_Facts):
     parameters: int | None
     """None where a server computed; it does not tell, as for the two below."""
     engine: str
-    """What computed the rewards: "polar" (this process), or the type of a server."""
+    """What computed the rewards: "polar" (this process), or the type of a server as it was given, also "auto"."""
     device: str | None
     dtype: str | None
     max_length: int
