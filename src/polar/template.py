@@ -25,6 +25,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
@@ -305,11 +306,27 @@ def seed_text(
 
 
 def _without_special_tokens(tokenizer: Tokenizer, also: set[int]) -> Tokenizer:
-    """A copy of the tokenizer in which special tokens, and the ids in `also`, cannot be spelt by text."""
+    """A copy of the tokenizer in which special tokens, and the ids in `also`, cannot be spelt by text.
+
+    They keep their ids under names that no text holds. Taken out of the table, they would hand their ids to the tokens
+    behind them; left in the vocabulary of the model, they could still be found there.
+    """
     content = json.loads(tokenizer.to_str())
-    content["added_tokens"] = [
-        token for token in content["added_tokens"] if not token["special"] and token["id"] not in also
-    ]
-    content["post_processor"] = None  # it may name tokens that are gone; ids are placed by the template
+    special = {token["content"] for token in content["added_tokens"] if token["special"]}
+    special |= {tokenizer.id_to_token(token_id) for token_id in also}
+    secret = token_hex()  # drawn anew every time, so that nobody can write it into a text
+    names = {token: f"{secret}:{number}" for number, token in enumerate(special)}
+    for token in content["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = content["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(piece, piece): token_id for piece, token_id in model["vocab"].items()}
+    else:  # Unigram: the id is the place
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    if "unk_token" in model:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    if "merges" in model:
+        model["merges"] = [pair for pair in model["merges"] if special.isdisjoint((*pair, "".join(pair)))]
+    content["post_processor"] = None  # it may name tokens of the old names; ids are placed by the template
     content["truncation"] = content["padding"] = None
     return Tokenizer.from_str(json.dumps(content))
