@@ -34,17 +34,21 @@ from tests.corpus.engines.tiny import save_policy
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(module.name for module in pkgutil.walk_packages(polar.__path__, "polar."))
 EXTRAS = ["datasets", "peft", "tensorboard", "trl", "ray", "fastapi", "uvicorn", "sentencepiece", "hypothesis"]
-ROOMS = [  # from the bottom up; a module never imports from a room above its own
-    ["errors", "records", "endings"],
-    ["references", "fields", "formats", "sources", "reading", "writing", "template", "wire", "baselines", "metrics"],
+FLOORS = [  # from the bottom up; a room imports from lower floors only, not from others on its own
+    ["errors", "endings", "metrics", "version"],
+    ["records", "wire"],
+    ["baselines", "fields", "references", "template"],
+    ["formats", "sources", "writing"],
+    ["reading"],
     ["client"],
     ["corpus", "model"],
-    ["serving"],
-    ["training"],
+    ["serving", "training"],
     ["evaluation"],
     ["rft"],
     ["cli"],
+    ["polar"],  # the package itself: what it exports
 ]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
 HEAVY = ("model", "serving", "training", "evaluation", "cli")
@@ -82,14 +86,56 @@ def test_records_template_reading_and_corpus_need_no_torch() -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_go_down_only(module: str) -> None:
-    level = {room: number for number, rooms in enumerate(ROOMS) for room in rooms}
-    own = level[module.split(".")[1]]
-    source = Path(importlib.util.find_spec(module).origin).read_text()
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else module
+
+
+def imported(source: str, module: str, *, package: bool = False) -> set[str]:
+    """The modules of polar that a module imports, in whatever form and place."""
+    found = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("polar."):
-            assert level[node.module.split(".")[1]] <= own, f"{module} imports {node.module}"
+        if isinstance(node, ast.Import):
+            found += [name.name for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parts = module.split(".")[: 0 if not node.level else len(module.split(".")) - node.level + package]
+            base = ".".join([*parts, *([node.module] if node.module else [])])
+            found += [f"{base}.{name.name}" for name in node.names]
+    modules = {"polar", *MODULES}
+    return {name if name in modules else name.rpartition(".")[0] for name in found if name.split(".")[0] == "polar"}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "import polar.cli.main",
+        "import polar.cli.main as entry",
+        "from polar.cli.main import main",
+        "from polar.cli import main",
+        "from ..cli import main",
+        "from ..cli.main import main",
+        "def f():\n    import sys, polar.cli.main",
+        "if TYPE_CHECKING:\n    from polar.cli.main import main",
+    ],
+)
+def test_every_form_of_import_is_seen(form: str) -> None:
+    assert imported(form, "polar.model.tree") == {"polar.cli.main"}
+
+
+def test_names_of_the_package_itself_are_seen_as_such() -> None:
+    assert imported("from polar import RewardModel, cli", "polar.model.tree") == {"polar", "polar.cli"}
+    assert imported("from . import tree\nfrom .. import errors", "polar.model", package=True) == {
+        "polar.model.tree",
+        "polar.errors",
+    }
+    assert imported("import polars\nfrom polarity import cli", "polar.model.tree") == set()
+
+
+@pytest.mark.parametrize("module", ["polar", *MODULES])
+def test_imports_go_down_only(module: str) -> None:
+    path = Path(importlib.util.find_spec(module).origin)
+    own = room(module)
+    for name in imported(path.read_text(), module, package=path.name == "__init__.py"):
+        assert room(name) == own or FLOOR[room(name)] < FLOOR[own], f"{module} imports {name}"
 
 
 def test_readmes_are_in_step() -> None:

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 from polar.errors import InputError
 from polar.records import Comparison, Group, Message, Preference, Trajectory, Triple
 from polar.template import BUNDLED_MODEL, EncodedGroup, Template, TemplateSettings
+from polar.version import __version__
 
 if TYPE_CHECKING:
     from polar.client.client import AsyncRewardModelClient
     from polar.client.errors import RewardError
     from polar.client.sync import RewardModelClient
     from polar.model.reward_model import RewardModel
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BUNDLED_MODEL",

@@ -16,7 +16,6 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from polar import __version__
 from polar.cli.evaluation_tables import show
 from polar.cli.models import Model, open_model
 from polar.client.engines import ServerType
@@ -31,6 +30,7 @@ from polar.evaluation.suites import Dataset, ReferenceSource, Suite, read_suite
 from polar.evaluation.summary import SUMMARY, summarise
 from polar.reading import OnBadRow
 from polar.template import BUNDLED_NAME
+from polar.version import __version__
 
 Files = Annotated[Sequence[str], Parameter(negative="")]
 

@@ -21,8 +21,8 @@ from cyclopts.config import Env, Yaml
 from rich.console import Console
 from rich.logging import RichHandler
 
-from polar import __version__
 from polar.errors import InputError
+from polar.version import __version__
 
 COMMANDS = {
     "score": ("polar.cli.score", "score outputs against references"),

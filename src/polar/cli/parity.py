@@ -17,7 +17,6 @@ from rich.progress import Progress
 from rich.table import Table
 from scipy.stats import kendalltau, spearmanr
 
-from polar import __version__
 from polar.client.client import AsyncRewardModelClient
 from polar.client.engines import ServerType
 from polar.client.errors import EngineError, RewardError
@@ -27,6 +26,7 @@ from polar.model.reward_model import RewardModel
 from polar.reading import read_groups, read_triples
 from polar.records import Group
 from polar.template import BUNDLED_NAME
+from polar.version import __version__
 
 Files = Annotated[Sequence[str], Parameter(negative="")]
 

@@ -15,12 +15,12 @@ from functools import lru_cache
 from itertools import chain
 from typing import Any
 
-from polar import __version__
 from polar.corpus.engines import Completion, Engine, open_engine
 from polar.corpus.journal import Journal, Totals, open_journal
 from polar.corpus.plan import Batch, Plan
 from polar.corpus.pool import HttpEngine, Policy
 from polar.corpus.prompts import Prompt
+from polar.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,17 @@ class SampleReport:
     set_aside: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Samples that could not be drawn, by policy and reason."""
     manifest: dict[str, Any] = field(default_factory=dict)
+
+    def shortfall(self, what: str = "samples") -> str:
+        """How many samples the corpus lacks and why most of them, as one line; empty when it is complete."""
+        if not self.manifest["missing"]:
+            return ""
+        (policy, reason), most = self.set_aside.most_common(1)[0]
+        others = "the others are written, and " if self.found or self.drawn else ""
+        return (
+            f"{self.manifest['missing']:,} of {self.expected:,} {what} could not be drawn (most often, {most:,} times, "
+            f"{policy}: {reason}); {others}the same command tries these again"
+        )
 
 
 def sample(

@@ -14,7 +14,6 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from polar import __version__
 from polar.errors import InputError
 from polar.serving import dialects, page
 from polar.serving.guard import Guard, Limits
@@ -22,6 +21,7 @@ from polar.serving.protocols import FieldError, ReloadRequest, RewardsRequest
 from polar.serving.refusal import RefusalError
 from polar.serving.rewards import Rewards, score_candidates
 from polar.serving.service import Service
+from polar.version import __version__
 
 
 class ErrorDetail(BaseModel):
