@@ -1,5 +1,12 @@
 """The one error that means: the input is wrong, not the program."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class InputError(ValueError):
     """Bad input from a user: a file, a row, an argument or a checkpoint.
@@ -7,3 +14,12 @@ class InputError(ValueError):
     The message is one line that says what is wrong, where, what was expected and what to do. The command line
     prints it without a traceback and exits with code 2; anything else that is raised is our own fault (code 1).
     """
+
+
+def first_mistake(error: ValidationError) -> str:
+    """The first mistake that a validation found, with its place, on one line, and how many more there are."""
+    mistakes = error.errors(include_url=False, include_input=False)
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in mistakes[0]["loc"]).lstrip(".")
+    message = " ".join(mistakes[0]["msg"].removeprefix("Value error, ").split())
+    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
+    return f"{place}: {message}{more}" if place else f"{message}{more}"

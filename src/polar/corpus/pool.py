@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from polar.errors import InputError
+from polar.errors import InputError, first_mistake
 from polar.records import Wrapper
 
 Kind = Literal["base", "chat"]
@@ -199,18 +199,9 @@ def read_pool(path: str | Path) -> Pool:
     try:
         pool = Pool.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{path}: {_first(error)}") from error
+        raise InputError(f"{path}: {first_mistake(error)}") from error
     for policy in pool.policies:
         variable = policy.engine.api_key_env if isinstance(policy.engine, HttpEngine) else None
         if variable is not None and not os.environ.get(variable):
             raise InputError(f"{path}: policy {policy.name!r}: the environment variable {variable} is not set")
     return pool
-
-
-def _first(error: ValidationError) -> str:
-    """The first mistake with its place, on one line, and how many more there are."""
-    mistakes = error.errors(include_url=False, include_input=False)
-    first = mistakes[0]
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
-    return f"{place or 'pool'}: {first['msg'].removeprefix('Value error, ')}{more}"

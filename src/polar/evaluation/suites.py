@@ -27,7 +27,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from polar.errors import InputError
+from polar.errors import InputError, first_mistake
 from polar.evaluation.manifest import Task
 from polar.evaluation.probes import Probe
 from polar.references import Aggregate
@@ -156,14 +156,6 @@ def read_suite(name: str, data: str | None = None, references: ReferenceSource |
         raise InputError(f"{path}: {first_mistake(error)}") from error
     datasets = tuple(_placed(dataset, base, references) for dataset in suite.datasets)
     return suite.model_copy(update={"datasets": datasets})
-
-
-def first_mistake(error: ValidationError) -> str:
-    """The first mistake with its place, on one line, and how many more there are."""
-    mistakes = error.errors(include_url=False, include_input=False)
-    place = ".".join(str(part) for part in mistakes[0]["loc"]) or "suite"
-    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
-    return f"{place}: {mistakes[0]['msg'].removeprefix('Value error, ')}{more}"
 
 
 def _placed(dataset: Dataset, base: Path, references: ReferenceSource | None) -> Dataset:
