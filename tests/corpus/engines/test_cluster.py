@@ -1,25 +1,30 @@
 """A real Ray cluster of two nodes on this machine, sampling a small server on loopback and local models."""
 
+import asyncio
 import hashlib
 import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from polar.corpus.engines import cluster  # noqa: E402
+from polar.corpus.engines import Completion, Failure, Request, Result, cluster  # noqa: E402
+from polar.corpus.engines.tokens import end_tokens_of  # noqa: E402
 from polar.corpus.plan import Plan  # noqa: E402
-from polar.corpus.pool import Pool  # noqa: E402
+from polar.corpus.pool import Pool, VllmEngine  # noqa: E402
 from polar.corpus.sample import sample  # noqa: E402
 from polar.errors import InputError  # noqa: E402
+from tests.corpus.engines.tiny import save_policy  # noqa: E402
 from tests.corpus.sampling import files, pool, prompts  # noqa: E402
 
 
@@ -131,3 +136,77 @@ def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path: Path, two_nodes: No
         sample(Plan(missing), prompts(3), str(tmp_path / "out"), open_engine=cluster.open_on_cluster)
     assert "\n" not in str(error.value)
     assert "Traceback" not in str(error.value)
+
+
+class Rows:
+    """Ray Data's processor, which needs vLLM: gives the rows that a script makes of its input."""
+
+    def __init__(self, script: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+        self.script = script
+
+    def __call__(self, rows: list[dict[str, Any]]) -> "Rows":
+        self.found = self.script(rows)
+        return self
+
+    def iter_rows(self) -> Iterator[dict[str, Any]]:
+        return iter(self.found)
+
+
+def wave(
+    monkeypatch: pytest.MonkeyPatch,
+    script: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    batches: Sequence[int] = (2, 3),
+) -> list[list[Result]]:
+    """What batches of some sizes get in one wave."""
+    monkeypatch.setattr(cluster.RayDataSampler, "_build", lambda self: Rows(script))
+    monkeypatch.setattr(cluster, "WAVE_SECONDS", 0.01)
+    monkeypatch.setattr(ray.data, "from_items", lambda rows: rows)
+    (policy,) = Pool.model_validate(
+        {"policies": [{"name": "v", "kind": "base", "engine": {"type": "vllm", "model": "none"}}]}
+    ).policies
+    assert isinstance(policy.engine, VllmEngine)
+
+    async def run() -> list[list[Result]]:
+        engine = cluster.RayDataSampler(policy, policy.engine)
+        return await asyncio.gather(
+            *(engine.sample([Request(f"{size} {number}", number) for number in range(size)]) for size in batches)
+        )
+
+    return asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def finished(row: dict[str, Any]) -> dict[str, Any]:
+    place = {name: row[name] for name in ("batch", "place")}
+    return {**place, "output": row["prompt"], "finish_reason": "stop", "prompt_tokens": 3.0, "output_tokens": 5}
+
+
+def test_rows_that_a_ray_data_job_loses_repeats_or_could_not_draw_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        failed = {"batch": 1, "place": 2, "prompt": "3 2", "generated_text": "", cluster.ERROR: "OOM\nfar away"}
+        return [*map(finished, [rows[3], rows[0], rows[1], rows[1]]), failed]
+
+    assert wave(monkeypatch, script) == [
+        [Completion("2 0", "stop", 3, 5), Completion("2 1", "stop", 3, 5)],
+        [Failure("the Ray Data job lost this sample"), Completion("3 1", "stop", 3, 5), Failure("OOM far away")],
+    ]
+
+
+def test_a_ray_data_job_that_gives_nothing_or_breaks_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert wave(monkeypatch, lambda rows: []) == [[Failure("the Ray Data job lost this sample")] * n for n in (2, 3)]
+
+    def breaks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        raise RuntimeError
+
+    assert wave(monkeypatch, breaks) == [[Failure("the Ray Data job failed: RuntimeError")] * n for n in (2, 3)]
+
+
+def test_an_output_of_ray_data_ended_by_itself_only_at_an_end_token(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Cut by max_tokens or by the end of the context: in either case there is none."""
+    model = str(save_policy(tmp_path / "model", tokenizer, "llama", 0))
+    (end, *_) = end_tokens_of(model)
+    assert [cluster._finish_reason(model, output) for output in ([end + 1, end], [end, end + 1], [end + 1], [])] == [
+        "stop",
+        "length",
+        "length",
+        "length",
+    ]

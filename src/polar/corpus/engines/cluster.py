@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from polar.corpus.engines import Completion, Engine, Failure, Request, Result, open_engine
+from polar.corpus.engines.tokens import end_tokens_of
 from polar.corpus.pool import HttpEngine, Policy, VllmEngine
 from polar.errors import InputError
 
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 TRIES = 3
 """How often a batch is begun again after its worker died, before it is set aside: it may be what kills the worker."""
+ERROR = "__inference_error__"
+"""Ray's column for what went wrong with a row; such rows do not pass through our own postprocessing."""
 WAVE_SECONDS = 0.5
 """How long batches are collected before they become one Ray Data job."""
 
@@ -168,11 +171,10 @@ class RayDataSampler:
                 await asyncio.to_thread(self._run_wave, wave, loop)
             except Exception as error:
                 log.exception("a Ray Data job failed")
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                reason = f"the Ray Data job failed: {lines[-1][:200]}"  # above the last line is the remote traceback
                 for requests, future in wave:
-                    if not future.done():
-                        cause = str(error).strip().splitlines()[-1]  # above it stands the remote traceback
-                        reason = f"the Ray Data job failed: {cause[:200]}"
-                        future.set_result([Failure(reason)] * len(requests))
+                    _answer(future, [Failure(reason)] * len(requests))
 
     def _run_wave(
         self, wave: list[tuple[list[Request], asyncio.Future[list[Result]]]], loop: asyncio.AbstractEventLoop
@@ -188,16 +190,13 @@ class RayDataSampler:
         for row in self._processor(ray.data.from_items(rows)).iter_rows():
             requests, future = wave[row["batch"]]
             done = results[row["batch"]]
-            done[row["place"]] = self._result(row)
+            done[row["place"]] = _result(row)
             if len(done) == len(requests):
-                loop.call_soon_threadsafe(future.set_result, [done[place] for place in range(len(requests))])
-
-    def _result(self, row: dict[str, Any]) -> Result:
-        if row["error"]:
-            return Failure(" ".join(str(row["error"]).split())[:200])
-        # The processor does not say why a sample ended.
-        reason = "length" if row["output_tokens"] >= self.policy.decoding.max_tokens else "stop"
-        return Completion(row["output"], reason, int(row["prompt_tokens"]), int(row["output_tokens"]))
+                loop.call_soon_threadsafe(_answer, future, [done[place] for place in range(len(requests))])
+        for (requests, future), done in zip(wave, results, strict=True):
+            if len(done) < len(requests):
+                lost = Failure("the Ray Data job lost this sample")
+                loop.call_soon_threadsafe(_answer, future, [done.get(place, lost) for place in range(len(requests))])
 
     def _build(self) -> Any:
         import ray
@@ -240,12 +239,29 @@ class RayDataSampler:
                 "batch": row["batch"],
                 "place": row["place"],
                 "output": row["generated_text"],
+                "finish_reason": _finish_reason(settings.model, row["generated_tokens"]),
                 "prompt_tokens": row["num_input_tokens"],
                 "output_tokens": row["num_generated_tokens"],
-                "error": row.get("__inference_error__", ""),
+                ERROR: row.get(ERROR, ""),
             }
 
         return build_processor(config, preprocess=before, postprocess=after)
+
+
+def _finish_reason(model: str, output: Sequence[int]) -> str:
+    """Why an output ended, which the processor does not say: at an end token, at max_tokens or with the context."""
+    return "stop" if len(output) and output[-1] in end_tokens_of(model) else "length"
+
+
+def _result(row: dict[str, Any]) -> Result:
+    if row.get(ERROR):
+        return Failure(" ".join(str(row[ERROR]).split())[:200])
+    return Completion(row["output"], row["finish_reason"], int(row["prompt_tokens"]), int(row["output_tokens"]))
+
+
+def _answer(future: asyncio.Future[list[Result]], results: list[Result]) -> None:
+    if not future.done():  # whoever asked may have been cancelled, and a row may come twice
+        future.set_result(results)
 
 
 def _input(request: Request) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polar.corpus.engines import Completion, Failure, Request, Result
-from polar.corpus.engines.tokens import Row, load_tokenizer, loading, to_row
+from polar.corpus.engines.tokens import Row, end_tokens, load_tokenizer, loading, to_row
 from polar.corpus.pool import Policy, TransformersEngine
 from polar.errors import InputError
 
@@ -46,7 +46,7 @@ class TransformersSampler:
         self.tokenizer = load_tokenizer(policy)
         self.model = _load_model(policy, settings)
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self._ends = _end_tokens(self.model.generation_config, self.tokenizer)
+        self._ends = end_tokens(self.model.generation_config, self.tokenizer)
         pad = self.tokenizer.pad_token_id
         self._pad: int = pad if pad is not None else next(iter(self._ends), 0)
         from transformers import GenerationConfig
@@ -188,13 +188,6 @@ def _load_model(policy: Policy, settings: TransformersEngine) -> Any:
             f"numbers: {', '.join(problems[:5])}"
         )
     return model
-
-
-def _end_tokens(config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The checkpoint's end tokens (one, several or none) and the tokenizer's."""
-    ends = config.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    return sorted({*ends, tokenizer.eos_token_id} - {None})
 
 
 def _until_end(ids: list[int], ends: list[int]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,25 @@ def to_row(
             f"the prompt of {len(ids)} tokens leaves no room for an output in the context of {context} tokens"
         )
     return Row(ids, request.seed, min(decoding.max_tokens, room))
+
+
+def end_tokens(config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end tokens of a checkpoint's generation_config.json (one, several or none) and the tokenizer's."""
+    ends = config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    return sorted({*ends, tokenizer.eos_token_id} - {None})
+
+
+@lru_cache
+def end_tokens_of(model: str) -> list[int]:
+    """The same by the name of a model, without its weights."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    try:
+        config = GenerationConfig.from_pretrained(model)
+    except OSError:  # no such file
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model, trust_remote_code=False))
+    return end_tokens(config, AutoTokenizer.from_pretrained(model, trust_remote_code=False))
 
 
 @contextmanager
