@@ -78,12 +78,28 @@ def test_what_could_not_be_drawn_is_one_line_and_the_rest_is_written(
     broken = tmp_path / "pool.yaml"
     broken.write_text(yaml.safe_dump(content))
     corpus = tmp_path / "corpus"
-    assert main(["sample", str(prompts), "--pool", str(broken), "--output", str(corpus)]) == 2
-    *_, last = capsys.readouterr().err.strip().splitlines()
-    missing = json.loads((corpus / "_manifest.json").read_text())["missing"]
-    assert f"{missing} of 30 samples could not be drawn" in last
-    assert "the same command tries these again" in last
-    assert len(list(read_trajectories(corpus))) == 30 - missing > 0
+    for _ in range(2):
+        assert main(["sample", str(prompts), "--pool", str(broken), "--output", str(corpus)]) == 2
+        error = capsys.readouterr().err
+        assert "http://127.0.0.1:9/v1/chat/completions gives no answers: ConnectError" in " ".join(error.split())
+        missing = json.loads((corpus / "_manifest.json").read_text())["missing"]
+        last = error.strip().splitlines()[-1]
+        assert f"{missing} of 30 samples could not be drawn" in last
+        assert "http://127.0.0.1:9/v1/chat/completions: " in last
+        assert "the same command tries these again" in last
+        assert len(list(read_trajectories(corpus))) == 30 - missing > 0
+
+
+def test_a_corpus_of_which_nothing_could_be_drawn_is_never_complete(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dead = {"type": "http", "base_url": "http://127.0.0.1:9/v1", "model": "m", "deadline": 0.1}
+    policies = [{"name": f"{kind} {n}", "kind": kind, "engine": dead} for kind in ("base", "chat") for n in range(2)]
+    (tmp_path / "pool.yaml").write_text(yaml.safe_dump({"policies": policies}))
+    for _ in range(2):
+        command = ["sample", str(prompts), "--pool", str(tmp_path / "pool.yaml"), "--output", str(tmp_path / "corpus")]
+        assert main(command) == 2
+        assert "30 of 30 samples could not be drawn" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(

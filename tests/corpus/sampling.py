@@ -25,20 +25,20 @@ def prompts(count: int) -> list[Prompt]:
 
 
 class SeededEngine:
-    """Text from the seed alone; a share of the samples fails, other ones each time."""
+    """Text from the seed alone; a share of the samples fails, others in another `run`, whatever the order."""
 
     in_flight = 3
 
-    def __init__(self, policy: Policy, failing: float = 0, seconds: float = 0) -> None:
-        self.policy, self.failing, self.seconds = policy, failing, seconds
-        self.random = Random()
+    def __init__(self, policy: Policy, failing: float = 0, seconds: float = 0, run: int = 0) -> None:
+        self.policy, self.failing, self.seconds, self.run = policy, failing, seconds, run
+        self.pauses = Random(policy.name)
 
     async def sample(self, requests: Sequence[Request]) -> list[Result]:
-        await asyncio.sleep(self.seconds * self.random.random())
-        return [
-            Failure("no choices") if self.random.random() < self.failing else self.complete(request)
-            for request in requests
-        ]
+        await asyncio.sleep(self.seconds * self.pauses.random())
+        return [Failure("no choices") if self.fails(request) else self.complete(request) for request in requests]
+
+    def fails(self, request: Request) -> bool:
+        return Random(f"{self.run} {self.policy.name} {request.seed}").random() < self.failing
 
     def complete(self, request: Request) -> Completion:
         text = hashlib.sha256(f"{self.policy.name} {request.seed} {request.prompt}".encode()).hexdigest()

@@ -1,3 +1,4 @@
+import asyncio
 import errno
 import json
 import os
@@ -9,12 +10,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from polar.corpus import journal
+from polar.corpus.engines import Failure, Request
 from polar.corpus.plan import Plan
 from polar.corpus.pool import Policy
 from polar.corpus.sample import SampleReport, sample
@@ -99,9 +102,45 @@ def test_failures_are_set_aside_exactly_and_drawn_by_the_next_runs(
     assert first.manifest["missing"] == first.set_aside.total() == 150 - first.drawn
     assert len(list(read_trajectories(tmp_path))) == first.drawn
     while reports[-1].set_aside and len(reports) < 30:
-        reports.append(run(tmp_path, open_engine=lambda policy: SeededEngine(policy, failing=0.6)))
+        reports.append(run(tmp_path, open_engine=partial(SeededEngine, failing=0.6, run=len(reports))))
         assert reports[-1].found + reports[-1].drawn + reports[-1].set_aside.total() == 150
     assert sum(report.drawn for report in reports) == 150
+    assert files(tmp_path) == undisturbed
+
+
+def test_failures_are_the_same_in_every_order_and_others_in_another_run() -> None:
+    (policy, *_), requests = pool().policies, [Request(f"question {number}", number) for number in range(200)]
+
+    def failed(requests: list[Request], run: int) -> set[int]:
+        results = asyncio.run(SeededEngine(policy, failing=0.5, run=run).sample(requests))
+        return {request.seed for request, result in zip(requests, results, strict=True) if isinstance(result, Failure)}
+
+    assert failed(requests, 0) == failed(requests[::-1], 0) != failed(requests, 1)
+    assert 70 < len(failed(requests, 0)) < 130
+
+
+@pytest.mark.parametrize("policies", ["abcd", "bcd"])
+def test_shards_in_which_all_failed_are_drawn_by_the_next_run(
+    tmp_path: Path, undisturbed: dict[str, bytes], policies: str
+) -> None:
+    """A wrong key, say: nothing at all was drawn."""
+    for _ in range(2):
+        report = run(tmp_path, open_engine=lambda policy: SeededEngine(policy, failing=policy.name in policies))
+        assert report.manifest["missing"] == report.set_aside.total() == 150 - report.found - report.drawn > 0
+        assert report.shortfall().startswith(f"{report.manifest['missing']} of 150 samples could not be drawn")
+    last = run(tmp_path)
+    assert last.found + last.drawn == 150
+    assert last.shortfall() == ""
+    assert files(tmp_path) == undisturbed
+
+
+def test_a_damaged_shard_is_drawn_again(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    run(tmp_path)
+    for number, content in enumerate([b"", (tmp_path / "shard-00001.parquet").read_bytes()[:-9]]):
+        (tmp_path / f"shard-{number:05d}.parquet").write_bytes(content)
+    pq.write_table(pq.read_table(tmp_path / "shard-00002.parquet").replace_schema_metadata(), tmp_path / "foreign")
+    (tmp_path / "foreign").replace(tmp_path / "shard-00002.parquet")
+    assert run(tmp_path).drawn == 150
     assert files(tmp_path) == undisturbed
 
 
@@ -136,7 +175,7 @@ def start(directory: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("step", ["save", "write_shard", "rename_parts", "remove_parts"])
+@pytest.mark.parametrize("step", ["save", "write_shard", "remove_parts", "remove_half_of_the_parts"])
 def test_a_crash_between_two_steps_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, bytes], step: str
 ) -> None:
@@ -147,14 +186,16 @@ def test_a_crash_between_two_steps_loses_nothing(
         nonlocal calls
         calls += 1
         if calls == 2:
+            if step == "remove_half_of_the_parts":
+                next(Path(str(arguments[0])).iterdir()).unlink()
             raise KeyboardInterrupt
         return real(*arguments, **named)
 
     target, name = {
         "save": (journal.Journal, "save"),
         "write_shard": (journal.Journal, "finish"),
-        "rename_parts": (journal.Journal, "_remove_parts"),
-        "remove_parts": (journal.shutil, "rmtree"),
+        "remove_parts": (journal.Journal, "_remove_parts"),
+        "remove_half_of_the_parts": (journal.shutil, "rmtree"),
     }[step]
     real = getattr(target, name)
     with monkeypatch.context() as patch:
@@ -192,7 +233,7 @@ def test_a_full_disk_is_one_line_and_the_job_goes_on_afterwards(
         with pytest.raises(InputError, match="cannot be written: No space left on device"):
             run(tmp_path)
     assert not list(tmp_path.rglob("*.tmp"))
-    run(tmp_path)
+    assert run(tmp_path).found > 0
     assert files(tmp_path) == undisturbed
 
 

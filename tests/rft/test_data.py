@@ -288,7 +288,8 @@ def test_failures_are_set_aside_and_tried_again(
     with answering(lambda number, body: script[0](number, body)) as server:
         assert make(*asking(server, tmp_path)) == 2
         error = capsys.readouterr().err
-        assert "3 of 9 references could not be had (most often, 3 times: " in error
+        assert f"3 of 9 references could not be drawn (most often, 3 times, big: {server.url}/chat/comp" in error
+        assert "set aside 1: no answer from the model; the first: prompt 1 (" in error
         assert "content filter" in error
         assert "the same command tries these again" in error
         assert pq.read_table(tmp_path / "train.parquet")["data_source"].to_pylist() == ["prompts"] * 2
@@ -298,6 +299,29 @@ def test_failures_are_set_aside_and_tried_again(
     found = pq.read_table(tmp_path / "train.parquet").to_pylist()
     assert [row["extra_info"]["answer"] for row in found] == ["a", "b", "c"]
     assert [row["extra_info"]["index"] for row in found] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("reply", [Reply(401, {"error": {"message": "wrong key"}}), Reply(503, "loading")])
+def test_a_server_that_gives_nothing_is_named_and_asked_again(
+    tmp_path: Path, short_pauses: None, capsys: pytest.CaptureFixture[str], reply: Reply
+) -> None:
+    """A wrong key, or a dead server: nothing is written, nothing is taken for complete."""
+    write(tmp_path / "prompts.jsonl", PROMPTS[:2] + PROMPTS[-1:])
+    script: list[Script] = [lambda number, body: reply]
+    with answering(lambda number, body: script[0](number, body)) as server:
+        arguments = asking(server, tmp_path, "--deadline", "0.3", "--concurrency", "2")
+        for _ in range(2):
+            before = len(server.bodies)
+            assert make(*arguments) == 2
+            assert len(server.bodies) > before
+            *_, last = capsys.readouterr().err.strip().splitlines()
+            assert "9 of 9 references could not be drawn" in last
+            assert f"{server.url}/chat/completions: " in last
+            assert "the same command tries these again" in last
+            assert not (tmp_path / "train.parquet").exists()
+        script[0] = says
+        assert make(*arguments) == 0
+    assert pq.read_metadata(tmp_path / "train.parquet").num_rows == 3
 
 
 def test_a_run_that_is_killed_goes_on(tmp_path: Path) -> None:
@@ -326,6 +350,14 @@ def test_a_run_that_is_killed_goes_on(tmp_path: Path) -> None:
         (["rows.jsonl", "--references-from", "http://127.0.0.1:1/v1"], "references_model is missing"),
         (["rows.jsonl", "--references-from", "127.0.0.1:1", "--references-model", "m"], "expected an address such as"),
         (["rows.jsonl", "--references-model", "m"], "references_from is missing"),
+        (
+            [
+                *("rows.jsonl", "--references-from", "http://127.0.0.1:1/v1", "--references-model", "m"),
+                "--deadline",
+                "0",
+            ],
+            "deadline: Input should be greater than 0",
+        ),
         (["rows.jsonl", "--references-per-prompt", "0"], "references_per_prompt must be at least 1"),
         (["nothing.jsonl"], "nothing.jsonl"),
         (

@@ -38,6 +38,7 @@ def rft_data(
     temperature: float = 0.7,
     max_tokens: int = 4096,
     concurrency: int = 64,
+    deadline: float = 600,
     seed: int = 0,
     on_bad_row: Literal["error", "skip"] = "skip",
 ) -> None:
@@ -78,6 +79,7 @@ def rft_data(
         temperature: Of the references.
         max_tokens: Longest answer; one that is cut off there is no reference.
         concurrency: Requests in flight.
+        deadline: Seconds of trying again before a reference, or a server that never answers, is given up.
         seed: Another seed gives other references.
         on_bad_row: "error" stops at the first row that would be set aside.
     """
@@ -96,7 +98,7 @@ def rft_data(
         target.parent.mkdir(parents=True, exist_ok=True)
     report, console = DataReport(), Console(stderr=True)
     tasks = read_tasks(reading, report)
-    missing = ""
+    shortfall = ""
     if references_from is not None:
         directory = Path(references_dir or f"{target}.references").expanduser()
         asking = Asking(
@@ -107,9 +109,10 @@ def rft_data(
             temperature,
             max_tokens,
             concurrency,
+            deadline,
             seed,
         )
-        missing = _ask(reading, directory, asking, console)
+        shortfall = _ask(reading, directory, asking, console)
         tasks = with_references(tasks, directory, report)
     elif references_model or references_key_env or references_dir:
         _needed("references_from", "the server to ask")
@@ -127,12 +130,16 @@ def rft_data(
     for reason, count, example in first_examples(report):
         sys.stderr.write(f"set aside {count:,}: {reason}; the first: {example}\n")
     sys.stderr.write(f"wrote {report.written:,} rows to {target}\n")
-    if missing:
-        raise InputError(missing)
+    if shortfall:
+        raise InputError(shortfall)
 
 
 def _ask(reading: Reading, directory: Path, asking: Asking, console: Console) -> str:
-    """Sample the references; why some are missing, or nothing."""
+    """Sample the references; why some are missing, or nothing.
+
+    Raises:
+        InputError: all of them are.
+    """
     if "-" in reading.paths:
         raise InputError("references_from needs files, because they are read twice; found - (stdin)")
     tasks = read_tasks(reading, DataReport())  # they are counted when they are read again
@@ -145,13 +152,10 @@ def _ask(reading: Reading, directory: Path, asking: Asking, console: Console) ->
         report = ask_for_references(
             tasks, directory, asking, begin=begin, progress=lambda count: progress.advance(bar, count)
         )
-    if not report.set_aside:
-        return ""
-    (_, reason), most = report.set_aside.most_common(1)[0]
-    return (
-        f"{report.set_aside.total():,} of {report.expected:,} references could not be had (most often, {most:,} times: "
-        f"{reason}); the others are written, and the same command tries these again"
-    )
+    shortfall = report.shortfall("references")
+    if not report.found and not report.drawn:
+        raise InputError(f"{shortfall}; nothing is written")
+    return shortfall
 
 
 def _expanded(path: str) -> str:

@@ -124,12 +124,8 @@ def sample(
     console.print(_table(report))
     if read.skipped:
         sys.stderr.write(f"skipped {read.skipped} unreadable rows\n")
-    if report.set_aside:
-        (name, reason), most = report.set_aside.most_common(1)[0]
-        raise InputError(
-            f"{output}: {report.set_aside.total():,} of {report.expected:,} samples could not be drawn (most often, "
-            f"{most:,} times, {name}: {reason}); the others are written, and the same command tries these again"
-        )
+    if shortfall := report.shortfall():
+        raise InputError(f"{output}: {shortfall}")
     sys.stderr.write(f"wrote {report.manifest['totals']['samples']} samples to {output}\n")
 
 

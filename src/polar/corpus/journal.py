@@ -8,8 +8,8 @@
       _job/parts/00001/      results of the batches of a shard that is not complete
 
 Every file appears by a rename, so that none is ever half there. A part holds the results of one batch. A shard is
-written when all its batches are settled; when none of its samples is missing its parts go away, and a shard without
-parts is complete. Readers of a corpus skip names that begin with an underscore.
+written when all its batches are settled, and its footer says how many of its samples are missing: it is complete when
+that is none, and its parts go away. Readers of a corpus skip names that begin with an underscore.
 """
 
 from __future__ import annotations
@@ -120,8 +120,25 @@ class Journal:
         return self.directory / f"shard-{shard:05d}.parquet"
 
     def complete(self, shard: int) -> bool:
-        """Whether all samples of a shard are in its file."""
-        return self.shard_file(shard).exists() and not self._parts_of(shard).exists()
+        """Whether all samples of a shard are in its file; a damaged file counts as none."""
+        file = self.shard_file(shard)
+        if not file.exists():
+            return False
+        try:
+            return not _summary(pq.read_metadata(file))["missing"]
+        except (pa.ArrowException, OSError, KeyError) as error:
+            log.warning("%s: damaged, it is written again (%s)", file, error)
+            return False
+
+    def open_shards(self) -> list[int]:
+        """The shards that are not complete; parts that a crash left of the others are removed."""
+        shards = []
+        for shard in range(self.shards):
+            if self.complete(shard):
+                self._remove_parts(shard)
+            else:
+                shards.append(shard)
+        return shards
 
     def results(self, batch: Batch) -> dict[int, Completion]:
         """What is saved of a batch: row in the shard and sample; a part that a power failure tore counts as none."""
@@ -193,7 +210,7 @@ class Journal:
         for shard in range(self.shards):
             file = self.shard_file(shard)
             metadata = pq.read_metadata(file)
-            summary = json.loads(metadata.metadata[SUMMARY])
+            summary = _summary(metadata)
             missing += summary["missing"]
             shards.append({"file": file.name, "rows": metadata.num_rows, "bytes": file.stat().st_size})
             for name, totals in summary["policies"].items():
@@ -215,13 +232,13 @@ class Journal:
         return self._parts_of(batch.shard) / f"{batch.number:06d}.parquet"
 
     def _remove_parts(self, shard: int) -> None:
-        # By one rename first: half a directory of parts would look like an incomplete shard.
-        trash = self.job / "trash" / f"{shard:05d}"
-        if self._parts_of(shard).exists():
-            shutil.rmtree(trash, ignore_errors=True)
-            trash.parent.mkdir(exist_ok=True)
-            self._parts_of(shard).rename(trash)
-        shutil.rmtree(trash, ignore_errors=True)
+        shutil.rmtree(self._parts_of(shard), ignore_errors=True)
+
+
+def _summary(metadata: pq.FileMetaData) -> dict[str, Any]:
+    """What `Journal.finish` says about a shard."""
+    summary: dict[str, Any] = json.loads((metadata.metadata or {})[SUMMARY])
+    return summary
 
 
 @contextlib.contextmanager
@@ -255,9 +272,7 @@ def open_journal(
         raise InputError(f"{directory}: another polar sample is writing there; wait for it, or stop it") from error
     try:
         _begin(job, prompts, {**identity, "shard_prompts": shard_prompts}, shard_prompts)
-        journal = Journal(directory)
-        shutil.rmtree(job / "trash", ignore_errors=True)
-        yield journal
+        yield Journal(directory)
     finally:
         lock.release()
 

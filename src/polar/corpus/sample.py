@@ -120,7 +120,7 @@ class _Run:
         self.journal, self.report = journal, report
         self.open_engine, self.progress = open_engine, progress
         self.planned = lru_cache(PLANNED)(lambda shard: plan.shard(shard, journal.prompts_of(shard)))
-        self.open_shards = [shard for shard in range(journal.shards) if not journal.complete(shard)]
+        self.open_shards = journal.open_shards()
         self.unsettled: dict[int, int] = {}
         """Batches of each open shard that are neither sampled nor set aside yet in this run."""
 

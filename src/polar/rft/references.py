@@ -19,7 +19,7 @@ from polar.corpus.plan import Plan
 from polar.corpus.pool import Decoding, HttpEngine, Policy, Pool
 from polar.corpus.prompts import Prompt
 from polar.corpus.sample import SampleReport, sample
-from polar.errors import InputError
+from polar.errors import InputError, first_mistake
 from polar.reading import rows
 from polar.records import prompt_id
 from polar.rft.data import DataReport
@@ -39,6 +39,8 @@ class Asking:
     temperature: float = 0.7
     max_tokens: int = 4096
     concurrency: int = 64
+    deadline: float = 600
+    """Seconds of trying again before a reference, or a server that never answers, is given up."""
     seed: int = 0
 
 
@@ -69,13 +71,13 @@ def ask_for_references(
             model=asking.model,
             api_key_env=asking.key_variable,
             concurrency=asking.concurrency,
+            deadline=asking.deadline,
         )
         # Commercial endpoints refuse top_k.
         decoding = Decoding(temperature=asking.temperature, top_p=1, top_k=None, max_tokens=asking.max_tokens)
         pool = Pool(policies=(Policy(name=asking.model, kind="chat", engine=engine, decoding=decoding),))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"references from {asking.endpoint}: {first['msg'].removeprefix('Value error, ')}") from error
+        raise InputError(f"references from {asking.endpoint}: {first_mistake(error)}") from error
     prompts = (Prompt(prompt_id(task.prompt), task.prompt, "sft") for task in tasks)
     return sample(
         Plan(pool, "grid", asking.per_prompt, asking.seed),
@@ -90,7 +92,8 @@ def with_references(tasks: Iterable[Task], directory: Path, report: DataReport) 
     """The tasks with the references that were sampled for them.
 
     Answers that were cut off at the token limit, and those that are nothing but thinking, are no references. Tasks
-    without any, and those that repeat an earlier prompt, are set aside.
+    without any, for this reason or because the model gave no answer, and those that repeat an earlier prompt are set
+    aside.
 
     Args:
         tasks: The same, in the same order, as for `ask_for_references`.
@@ -107,10 +110,11 @@ def with_references(tasks: Iterable[Task], directory: Path, report: DataReport) 
             report.leave("a prompt that repeats an earlier one", place)
             continue
         seen.add(name)
-        references: tuple[str, ...] = ()
-        if name == found_id:
-            references = tuple(dict.fromkeys(filter(None, map(_reference, found))))
-            found_id, found = next(answers, ("", []))
+        if name != found_id:
+            report.leave("no answer from the model", place)
+            continue
+        references = tuple(dict.fromkeys(filter(None, map(_reference, found))))
+        found_id, found = next(answers, ("", []))
         if references:
             yield replace(task, references=references)
         else:

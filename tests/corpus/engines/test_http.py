@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import re
 import socket
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -271,7 +272,9 @@ def failure(results: list[Result]) -> str:
     assert isinstance(result, Failure)
     assert len(result.reason.splitlines()) == 1
     assert len(result.reason) < 500
-    return result.reason
+    named = re.fullmatch(r"http://127.0.0.1:\d+/v1/\S*completions: (.*)", result.reason)
+    assert named, result.reason
+    return named[1]
 
 
 @pytest.mark.parametrize(
@@ -323,6 +326,25 @@ def test_a_refused_connection_is_told_after_the_deadline() -> None:
     assert failure(results).startswith("given up after 0.1 s of trying: ConnectError: ")
 
 
+def test_a_silent_endpoint_is_reported_at_the_first_failure_and_not_at_every_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _, server = draw(lambda n, body: Reply(503, "loading"), numbered(3), concurrency=2, deadline=0.3)
+    assert len(server.bodies) > 10
+    first, *others = [record.getMessage() for record in caplog.records if "gives no answers" in record.getMessage()]
+    assert not others
+    address = f"{server.url}/completions"
+    assert first == (
+        f"policy far: {address} gives no answers: HTTP 503: loading; every request is tried again for up to 0.3 s"
+    )
+    assert any(f"{address} is set aside" in record.getMessage() for record in caplog.records)
+
+
+def test_an_endpoint_that_answers_is_not_reported_for_a_busy_moment(caplog: pytest.LogCaptureFixture) -> None:
+    draw(lambda n, body: Reply(429, "busy") if n in (5, 9) else Reply(body=completion()), numbered(12), concurrency=1)
+    assert "gives no answers" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [
@@ -346,7 +368,7 @@ def test_an_endpoint_that_dies_is_set_aside_for_all_further_requests() -> None:
     results, server = draw(dies, numbered(500), concurrency=4, deadline=0.2)
     assert results[:6] == [FINE] * 6
     assert sum(result == FINE for result in results) == 10
-    reasons = [result.reason for result in results if isinstance(result, Failure)]
+    reasons = [failure([result]) for result in results if isinstance(result, Failure)]
     tried = {body["seed"] for body in server.bodies}
     assert len(tried) < 20
     assert reasons[-1] == "endpoint set aside: nothing succeeded for 0.2 s; last: HTTP 503: shutting down"

@@ -43,6 +43,10 @@ succeeded before, because moderation uses it for single prompts."""
 MOST_BYTES = 1 << 26
 """Of one reply."""
 BACKOFF = wait_random_exponential(multiplier=0.5, max=30)
+CONNECT = 30.0
+"""Seconds in which a server must take a connection; one that drops packets would keep silent until the timeout."""
+REMINDER = 60.0
+"""Seconds between two warnings about an endpoint that gives no answers."""
 
 
 class _TryAgainError(Exception):
@@ -66,7 +70,8 @@ class HttpSampler:
 
     The endpoint is set aside, so that all further requests fail at once, when it refuses the key, the model or the
     address, and when two requests have used up their deadlines and nothing has succeeded meanwhile (one alone may be
-    the fault of its prompt). A new process asks it again.
+    the fault of its prompt). A new process asks it again. While nothing succeeds, a warning says so at the first
+    failure and once a minute.
 
     Proxies and certificates are taken from the environment as usual, but never for this machine's own addresses.
 
@@ -85,7 +90,7 @@ class HttpSampler:
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._set_aside = asyncio.Event()
         self._why = ""
-        self._last_success = -math.inf
+        self._last_success = self._last_warning = -math.inf
         self._in_vain = 0
         """Requests that used up their deadlines while nothing succeeded."""
         path = "completions" if policy.kind == "base" else "chat/completions"
@@ -93,9 +98,10 @@ class HttpSampler:
             self._url = httpx2.URL(f"{settings.base_url}/{path}")
         except httpx2.InvalidURL as error:
             raise InputError(f"policy {policy.name!r}: {settings.base_url}: not an address ({error})") from error
+        self._address = one_line(str(self._url), self._key)
         self._client = httpx2.AsyncClient(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            timeout=None,  # one limit around the whole request, see _try
+            timeout=httpx2.Timeout(None, connect=CONNECT),  # the limit of the whole request is in _try
             limits=httpx2.Limits(max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency),
             follow_redirects=False,  # the prompt and the key stay with the address that was given
             trust_env=not is_local(self._url.host),
@@ -116,16 +122,17 @@ class HttpSampler:
                 retry=retry_if_exception_type(_TryAgainError),
                 stop=stop_after_delay(self.settings.deadline),
                 wait=self._pause,
+                before_sleep=self._warn_of_silence,
                 sleep=self._sleep,
                 reraise=True,
             )
             try:
                 completion: Completion = await retrying(self._try, request)
             except _RefusedError as error:
-                return Failure(str(error))
+                return Failure(f"{self._address}: {error}")
             except _TryAgainError as error:
                 self._note_deadline(started, str(error))
-                return Failure(f"given up after {self.settings.deadline:g} s of trying: {error}")
+                return Failure(f"{self._address}: given up after {self.settings.deadline:g} s of trying: {error}")
             self._last_success, self._in_vain = time.monotonic(), 0
             return completion
 
@@ -137,7 +144,7 @@ class HttpSampler:
 
     def _close_endpoint(self, reason: str) -> None:
         if not self._set_aside.is_set():
-            log.warning("policy %s: the endpoint %s is set aside: %s", self.policy.name, self._url, reason)
+            log.warning("policy %s: the endpoint %s is set aside: %s", self.policy.name, self._address, reason)
             self._why = f"endpoint set aside: {reason}"
             self._set_aside.set()
 
@@ -146,6 +153,18 @@ class HttpSampler:
         asked = error.retry_after if isinstance(error, _TryAgainError) else 0
         left = self.settings.deadline - (state.seconds_since_start or 0)
         return max(0, min(left, max(asked, BACKOFF(state))))
+
+    def _warn_of_silence(self, state: RetryCallState) -> None:
+        now = time.monotonic()
+        if max(self._last_success, self._last_warning) < now - REMINDER:
+            self._last_warning = now
+            log.warning(
+                "policy %s: %s gives no answers: %s; every request is tried again for up to %g s",
+                self.policy.name,
+                self._address,
+                state.outcome and state.outcome.exception(),
+                self.settings.deadline,
+            )
 
     async def _sleep(self, seconds: float) -> None:
         """Sleep, but wake up when the endpoint is set aside."""
