@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from polar import InputError, RewardModel
-from polar.model import attention, tree
+from polar.model import attention, row_attention, tree
 from polar.model.attention import TREE_ATTENTION, block_mask, segment_table, tree_attention
 from polar.model.reward_model import _rows
 from polar.model.tree import rewards, row_length, tree_batch
@@ -181,6 +181,37 @@ def test_attention_equals_a_dense_mask(segments: list[tuple[int, int, int, int]]
     flexible = block_mask(table, torch.device("cpu"))
     flexible = flex_attention(query, key, value, block_mask=flexible, scale=0.7, enable_gqa=True)
     assert torch.allclose(flexible, expected, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=40)
+@given(segments=segments(), block=st.integers(1, 6))
+def test_products_with_gradients_equal_a_dense_mask(segments: list[tuple[int, int, int, int]], block: int) -> None:
+    tokens = segments[-1][-1]
+    mask = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for first, last, start, end in segments:
+        mask[start:end, first:last] = True
+        mask[start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+    parts = [part.requires_grad_() for part in random_heads(tokens)]
+    expected = scaled_dot_product_attention(*parts, mask, scale=0.7, enable_gqa=True).transpose(1, 2)
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_attention, "QUERIES", block)
+        ours, _ = tree_attention(torch.nn.Identity(), *parts, segment_table(segments), scaling=0.7)
+        assert type(ours.grad_fn).__name__ == "RowAttentionBackward"
+        gradients = torch.autograd.grad((ours * weight).sum(), parts)
+    assert torch.allclose(ours, expected, atol=1e-5)
+    for gradient, other in zip(gradients, torch.autograd.grad((expected * weight).sum(), parts), strict=True):
+        assert torch.allclose(gradient, other, atol=1e-4)
+
+
+def test_attention_weights_that_would_take_much_memory_are_not_kept(
+    llama: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = tree_batch(ROWS["several groups"])
+    expected = rewards(llama.model, batch)
+    monkeypatch.setattr(row_attention, "MAX_WEIGHTS", 1)
+    monkeypatch.setattr(row_attention.RowAttention, "apply", None)
+    assert rewards(llama.model, batch).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_no_mask_spans_the_row(llama: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,9 @@ Its tokens see the tokens of the prefix and, causally, each other; nothing else.
 sequence. The table takes the place of the attention mask, which transformers hands through to every layer as it is.
 Without a table (anybody calls the model as usual) attention is `sdpa`.
 
-- CPU, and where FlexAttention is missing: scaled dot product attention segment by segment. No mask is larger than
-  `QUERY_BLOCK` queries by the keys that one branch sees.
+- CPU, with gradients: batched products in both directions (`polar.model.row_attention`).
+- CPU otherwise, and where FlexAttention is missing: scaled dot product attention segment by segment. No mask is larger
+  than `QUERY_BLOCK` queries by the keys that one branch sees.
 - GPU: FlexAttention with a block mask made from the same table; flash-attn where it is installed, for 16-bit types.
 
 Shape legend: S segments, T tokens of the row, H heads, D dimensions of a head.
@@ -27,6 +28,7 @@ from transformers.masking_utils import sdpa_mask
 
 from polar.errors import InputError
 from polar.model.blocks import RowBlocks, block_attention
+from polar.model.row_attention import RowAttention, fits
 
 TREE_ATTENTION = "polar_tree"
 """The name to give as `attn_implementation`."""
@@ -132,6 +134,12 @@ def tree_attention(
         return block_attention(query_1HTD, key_1HTD, value_1HTD, row, scaling), None
     # Split and not sliced: the gradient of a slice is as long as the row, and there are as many as segments.
     table = attention_mask[0, 0].tolist()
+    if _has_gradients(query_1HTD) and not dropout and fits(table, query_1HTD.shape[1]):
+        parts = query_1HTD, key_1HTD, value_1HTD
+        if torch.is_autocast_enabled("cpu"):  # what autocast does to `scaled_dot_product_attention`
+            parts = tuple(part.to(torch.get_autocast_dtype("cpu")) for part in parts)
+        scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
+        return RowAttention.apply(*parts, table, scale), None
     lengths = [end - start for *_, start, end in table]
     queries, keys, values = (torch.split(part, lengths, dim=2) for part in (query_1HTD, key_1HTD, value_1HTD))
     segment_at = {start: number for number, (*_, start, _) in enumerate(table)}
@@ -148,6 +156,10 @@ def tree_attention(
             bias = causal_bias(block, seen)
             outputs.append(_attend(block, key[:, :, :seen], value[:, :, :seen], bias, dropout, scaling))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _has_gradients(query_1HTD: Tensor) -> bool:
+    return query_1HTD.device.type == "cpu" and torch.is_grad_enabled() and query_1HTD.requires_grad
 
 
 def causal_bias(query_1HQD: Tensor, keys: int) -> Tensor:
