@@ -18,8 +18,8 @@ try:
     from polar.serving import server
     from polar.serving.app import create_app
     from polar.serving.batcher import Batcher
-    from polar.serving.checkpoint import Loading, load_checkpoint, load_template
-    from polar.serving.gateway import Gateway
+    from polar.serving.checkpoint import Loading, load_checkpoint
+    from polar.serving.gateway import load_served, score_elsewhere
     from polar.serving.guard import Limits, parse_keys
     from polar.serving.metrics import Metrics
     from polar.serving.service import Score, Service
@@ -91,15 +91,16 @@ def serve(
     listener = server.bind(host, port, protected=bool(keys) or allow_no_key)
     loading = Loading(device, dtype, compat, max_length, max_response_length)
     metrics = Metrics()
-    gateway = Gateway(model, backend) if backend else None
-    load = partial(load_template if gateway else load_checkpoint, loading=loading)
-    checkpoint = load(model)
-    if gateway is None:
-        assert checkpoint.model is not None
-        default = 4096 if checkpoint.model.device.type == "cpu" else 16384
-        engine: Score = Batcher(batch_tokens or default, metrics).score
+    if backend:
+        load = partial(load_served, loading=loading, backends=backend)
     else:
-        engine = gateway.score
+        load = partial(load_checkpoint, loading=loading)
+    checkpoint = load(model)
+    if checkpoint.model is None:
+        engine: Score = score_elsewhere
+    else:
+        default = 4096 if checkpoint.model.device.type == "cpu" else 16384
+        engine = Batcher(batch_tokens or default, metrics).score
     service = Service(name or Path(model).name, checkpoint, load, engine, metrics, max_queue)
     asyncio.run(
         server.serve(
@@ -108,7 +109,7 @@ def serve(
             listener,
             drain_seconds=drain_seconds,
             read_seconds=read_seconds,
-            prepare=None if gateway is None else gateway.connect,
+            prepare=checkpoint.connect,
         )
     )
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
+from polar.client.client import AsyncRewardModelClient
 from polar.errors import InputError
 from polar.model.calibration import Calibration, read_calibration
 from polar.model.files import checkpoint_directory, local_directory
@@ -47,12 +48,28 @@ class Checkpoint:
     calibration: Calibration | None
     model: RewardModel | None
     """None in a gateway."""
+    servers: AsyncRewardModelClient | None = None
+    """In a gateway, what asks the servers that have it: of this checkpoint alone, so another one is proven anew."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def max_length(self) -> int:
         """Longest input in tokens."""
         return self.template.settings.max_length
+
+    async def connect(self) -> None:
+        """Prove the servers of a gateway, before the first request.
+
+        Raises:
+            EngineError: One gives other rewards than this checkpoint, or none can be reached.
+        """
+        if self.servers is not None:
+            await self.servers.connect()
+
+    async def close(self) -> None:
+        """Close the connections of a gateway, after the last request."""
+        if self.servers is not None:
+            await self.servers.aclose()
 
     def encode_inputs(self, inputs: Inputs, where: str, limit: int | None = None) -> EncodedGroup:
         """Token ids of complete inputs.
@@ -120,17 +137,28 @@ def load_checkpoint(source: str, loading: Loading) -> Checkpoint:
     return _checkpoint(source, checkpoint_directory(source), model.template, model)
 
 
-def load_template(source: str, loading: Loading) -> Checkpoint:
-    """Read what a gateway needs of a checkpoint: the input format and the tokenizer, but no weights.
+def load_template(source: str, loading: Loading, servers: Callable[[Path], AsyncRewardModelClient]) -> Checkpoint:
+    """Read what a gateway needs of a checkpoint: the input format, the tokenizer and the probes, but no weights.
+
+    Args:
+        source: See `RewardModel.load`.
+        loading: Its compat and lengths.
+        servers: From the checkpoint's directory to what asks the servers.
 
     Raises:
-        InputError: There is no usable checkpoint at that place.
+        InputError: There is no usable checkpoint at that place, or an address is unusable.
     """
     directory = BUNDLED_MODEL if source == BUNDLED_NAME else local_directory(source, ["*.json"])
     template = Template.load(directory, loading.compat).with_lengths(loading.max_length, loading.max_response_length)
-    return _checkpoint(source, directory, template, None)
+    return _checkpoint(source, directory, template, servers=servers(directory))
 
 
-def _checkpoint(source: str, directory: Path, template: Template, model: RewardModel | None) -> Checkpoint:
+def _checkpoint(
+    source: str,
+    directory: Path,
+    template: Template,
+    model: RewardModel | None = None,
+    servers: AsyncRewardModelClient | None = None,
+) -> Checkpoint:
     vocab_size = max(template.tokenizer.get_vocab().values()) + 1 if model is None else model.model.config.vocab_size
-    return Checkpoint(source, template, vocab_size, read_calibration(directory), model)
+    return Checkpoint(source, template, vocab_size, read_calibration(directory), model, servers)

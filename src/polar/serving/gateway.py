@@ -1,6 +1,7 @@
 """A fleet of servers in the place of the model: vLLM, SGLang, LMDeploy or `polar serve` elsewhere.
 
-Balancing, tries and the proof that the servers give this checkpoint's rewards are the client's (`polar.client`).
+Balancing, tries and the proof that the servers give the checkpoint's rewards are the client's (`polar.client`). Every
+checkpoint that is loaded has a client of its own: a reward is never asked of servers that were proven for another one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from polar.client.client import AsyncRewardModelClient
 from polar.client.errors import EngineError, RewardError
 from polar.client.servers import Limits
-from polar.serving.checkpoint import Checkpoint
+from polar.serving.checkpoint import Checkpoint, Loading, load_template
 from polar.serving.refusal import RefusalError
 from polar.template import EncodedGroup
 
@@ -18,39 +19,36 @@ DEADLINE = 300.0
 """Seconds that the servers have for one request, with all tries."""
 
 
-class Gateway:
-    """Scores elsewhere.
+def load_served(source: str, loading: Loading, backends: Sequence[str]) -> Checkpoint:
+    """A checkpoint whose rewards servers compute; `Checkpoint.connect` proves them.
 
     Args:
         source: The checkpoint that the servers serve.
+        loading: See `load_template`.
         backends: Addresses as `AsyncRewardModelClient` takes them: `vllm=HOST:PORT,HOST:PORT`.
 
     Raises:
         InputError: An address or the checkpoint is unusable.
     """
+    limits = Limits(timeout=DEADLINE, deadline=DEADLINE)
+    return load_template(
+        source,
+        loading,
+        lambda directory: AsyncRewardModelClient(directory, server_address=addresses(backends), limits=limits),
+    )
 
-    def __init__(self, source: str, backends: Sequence[str]) -> None:
-        limits = Limits(timeout=DEADLINE, deadline=DEADLINE)
-        self._client = AsyncRewardModelClient(source, server_address=addresses(backends), limits=limits)
 
-    async def connect(self) -> None:
-        """Prove the servers before the first request.
+async def score_elsewhere(checkpoint: Checkpoint, groups: Sequence[EncodedGroup]) -> list[list[float]]:
+    """Rewards of every branch of every group, in their order.
 
-        Raises:
-            EngineError: One gives other rewards, or none can be reached.
-        """
-        await self._client.connect()
-
-    async def score(self, checkpoint: Checkpoint, groups: Sequence[EncodedGroup]) -> list[list[float]]:
-        """Rewards of every branch of every group, in their order.
-
-        Raises:
-            RefusalError: The servers did not give all of them.
-        """
-        try:
-            return await self._client.score_encoded(groups)
-        except (RewardError, EngineError) as error:
-            raise RefusalError(502, str(error)) from error
+    Raises:
+        RefusalError: The servers did not give all of them.
+    """
+    assert checkpoint.servers is not None
+    try:
+        return await checkpoint.servers.score_encoded(groups)
+    except (RewardError, EngineError) as error:
+        raise RefusalError(502, str(error)) from error
 
 
 def addresses(backends: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ class Service:
     max_queue: int
     draining: bool = False
     in_flight: int = 0
-    _requests: int = 0
+    _requests: Counter[Checkpoint] = field(default_factory=Counter)
     _seconds_per_input: float = 0.0
     _reloading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -78,17 +79,19 @@ class Service:
                 f"{self.in_flight} inputs are in flight and {self.max_queue} may be; try again in about {seconds} s",
                 headers={"Retry-After": str(seconds)},
             )
+        checkpoint = self.checkpoint
         self.in_flight += inputs
-        self._requests += 1
+        self._requests[checkpoint] += 1
         ahead, start = self.in_flight, time.monotonic()
         try:
-            yield self.checkpoint
+            yield checkpoint
             # First come, first served: whatever was in flight at the arrival has been computed in this time.
             measured = (time.monotonic() - start) / max(1, ahead)
             self._seconds_per_input += (measured - self._seconds_per_input) * (0.1 if self._seconds_per_input else 1)
         finally:
             self.in_flight -= inputs
-            self._requests -= 1
+            self._requests[checkpoint] -= 1
+            await self._close_if_done(checkpoint)
 
     async def rewards(
         self, checkpoint: Checkpoint, groups: Sequence[EncodedGroup], place: Callable[[int], str]
@@ -128,24 +131,42 @@ class Service:
     async def reload(self, source: str | None = None) -> Checkpoint:
         """Load a checkpoint beside the present one and use it for all requests that come from then on.
 
-        Requests that are in flight end with the checkpoint that they began with.
+        Requests that are in flight end with the checkpoint that they began with. The servers behind a gateway are
+        proven for the new one first.
 
         Args:
             source: Default: the place of the present one.
 
         Raises:
-            RefusalError: The checkpoint is broken; the present one stays in use.
+            RefusalError: The checkpoint is broken, or the servers behind this one do not give its rewards; the present
+                one stays in use.
         """
         async with self._reloading:
             source = source or self.checkpoint.source
             try:
                 checkpoint = await asyncio.to_thread(self.load, source)
+                await self._prove(checkpoint)
             except Exception as error:
                 self.metrics.count_reload(succeeded=False)
                 log.error("%s: not loaded, the present checkpoint stays: %s", source, error)
                 why = str(error) if isinstance(error, InputError) else f"{source}: {type(error).__name__}: {error}"
                 raise RefusalError(422, f"{why} (the present checkpoint stays in use)", "model") from error
-            self.checkpoint = checkpoint
+            before, self.checkpoint = self.checkpoint, checkpoint
+            await self._close_if_done(before)
             self.metrics.count_reload(succeeded=True)
             log.info("%s: loaded; new requests use it", source)
             return checkpoint
+
+    async def _prove(self, checkpoint: Checkpoint) -> None:
+        try:
+            await checkpoint.connect()
+        except BaseException:
+            await checkpoint.close()
+            raise
+
+    async def _close_if_done(self, checkpoint: Checkpoint) -> None:
+        """Close a checkpoint that no request uses any more and none will."""
+        if not self._requests[checkpoint]:
+            del self._requests[checkpoint]
+            if checkpoint is not self.checkpoint:
+                await checkpoint.close()
