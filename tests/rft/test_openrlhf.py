@@ -13,7 +13,7 @@ import torch
 
 import polar.rft.openrlhf
 from polar import Comparison, InputError, Message, RewardError, Template
-from polar.rft.openrlhf import label_of
+from polar.references import label_of
 from tests.client.fakes import Fake, reward
 from tests.client.test_faults import free_port
 
@@ -90,6 +90,11 @@ def test_a_label_in_json_that_is_no_label_of_ours_is_a_reference(reward_func: An
 def test_what_cannot_be_scored_is_an_error(reward_func: Any, query: str, label: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         reward_func([query], [PROMPT], [label])
+
+
+def test_no_labels_at_all_are_an_error(reward_func: Any) -> None:
+    with pytest.raises(InputError, match=r"OpenRLHF: expected labels, found none: .*--data\.label_key"):
+        reward_func([f"{PROMPT}5"], [PROMPT], None)
 
 
 def test_a_failure_is_an_exception_or_the_floor(reward_func: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from polar import Comparison, RewardModel
 from polar.model.internlm2 import convert
+from polar.references import label_of
 from polar.serving.checkpoint import load_checkpoint
 from polar.serving.service import Service
 from polar.template import seed_text
@@ -179,6 +180,10 @@ def test_special_tokens_in_flat_texts_are_special() -> None:
 LONG = flat(PROMPT, REFERENCE, "word " * 2000)[0]
 
 
+NO_REFERENCE = {"query": ["ab", "ac"], "prompts": ["a", "a"], "labels": ["b", " \n"]}
+OF_THE_FUNCTION = {"query": ["ab"], "prompts": ["a"], "labels": [label_of("a", ["b"])]}
+
+
 @pytest.mark.parametrize(
     ("path", "request_", "status", "param", "words"),
     [
@@ -203,6 +208,8 @@ LONG = flat(PROMPT, REFERENCE, "word " * 2000)[0]
         ("/get_reward", {"query": ["ab"], "prompts": ["b"], "labels": ["c"]}, 422, "query[0]", "begin with prompts[0]"),
         ("/get_reward", {"query": ["ab"], "prompts": ["a"], "labels": []}, 422, "labels", "as many as in query (1)"),
         ("/get_reward", {"query": ["ab"], "prompts": ["a"], "labels": [None]}, 422, "labels[0]", "found null"),
+        ("/get_reward", NO_REFERENCE, 422, "labels[1]", "expected a reference, found only white space"),
+        ("/get_reward", OF_THE_FUNCTION, 422, "labels[0]", "which only the function polar.rft.openrlhf reads"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_by_name(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from polar.records import Message
-from polar.rft.openrlhf import label_of
+from polar.references import label_of
 from polar.rft.tasks import Task
 
 Framework = Literal["verl", "trl", "openrlhf", "swift"]

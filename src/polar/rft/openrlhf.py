@@ -13,22 +13,20 @@ and goes on without the reward, until it stops for want of it; with a floor it g
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from polar.endings import without_end
 from polar.errors import InputError
-from polar.fields import json_object
+from polar.references import label_fields
 from polar.rft.reward import reward_for
 from polar.rft.samples import Sample, read_sample
 from polar.rft.thinking import opens_thinking
 
-LABEL = ("prompt", "references")
-"""The keys of a label in JSON."""
 
-
-def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any], **_: Any) -> dict[str, Any]:
+def reward_func(
+    queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any] | None, **_: Any
+) -> dict[str, Any]:
     """Rewards of responses; calls at the same time, from any thread, share their requests.
 
     Args:
@@ -45,6 +43,8 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
     """
     import torch
 
+    if labels is None:
+        raise InputError("OpenRLHF: expected labels, found none: name the column of the references in --data.label_key")
     samples = [_sample(number, *row) for number, row in enumerate(zip(queries, prompts, labels, strict=True))]
     scored = reward_for({}).score_all(samples)
     rewards = torch.tensor([one.reward for one in scored])
@@ -55,19 +55,11 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
     return {"rewards": rewards, "scores": rewards, "extra_logs": logs}
 
 
-def label_of(prompt: Any, references: Sequence[Any]) -> str:
-    """The label that carries a prompt and its references, both as they stand in JSON."""
-    return json.dumps(dict(zip(LABEL, (prompt, references), strict=True)), ensure_ascii=False)
-
-
 def _sample(number: int, query: str, prompt: str, label: Any) -> Sample:
     if not query.startswith(prompt):
         raise InputError(f"OpenRLHF:{number}: expected a query that begins with its prompt, found {query[:40]!r}")
-    fields = json_object(label)
-    if fields is None or set(fields) != set(LABEL):
-        fields = {"prompt": prompt, "references": label}
     return read_sample(
-        fields,
+        label_fields(label) or {"prompt": prompt, "references": label},
         without_end(query.removeprefix(prompt)),
         prompt="prompt",
         references=("references",),

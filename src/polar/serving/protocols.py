@@ -24,7 +24,7 @@ from pydantic import (
 
 from polar.fields import Row, as_string, as_text, describe
 from polar.records import Text, Wrapper
-from polar.references import Aggregate
+from polar.references import Aggregate, label_fields
 from polar.serving.checkpoint import Inputs
 
 MOST_INPUTS = 8192
@@ -252,6 +252,9 @@ EitherClassifyRequest = Annotated[
 """vLLM and SGLang share a path; vLLM's requests have `input`."""
 
 
+LABEL_FOUND = "prompt and references in JSON, which only the function polar.rft.openrlhf reads: name that in remote_url"
+
+
 class GetRewardRequest(BaseModel):
     """OpenRLHF's `/get_reward`: one text of prompt and response per sample; the label is the reference."""
 
@@ -264,6 +267,11 @@ class GetRewardRequest(BaseModel):
         for name, values in (("prompts", self.prompts), ("labels", self.labels)):
             if len(values) != len(self.query):
                 raise FieldError(name, f"as many as in query ({len(self.query)})", f"{len(values)}")
+        for number, label in enumerate(self.labels):
+            if not label.strip():
+                raise FieldError(f"labels[{number}]", "a reference", "only white space")
+            if label_fields(label) is not None:
+                raise FieldError(f"labels[{number}]", "a reference", LABEL_FOUND)
         return self
 
 
