@@ -6,7 +6,7 @@
 #
 #   POLAR_DATA             directory of DATA/train.parquet (polar rft-data); default ~/data/polar
 #   POLAR_REWARD_ADDRESS   of the reward server; default 127.0.0.1:30000
-#   POLAR_REWARD_MODEL     the checkpoint that it serves, a directory that all nodes see; default polar-nano
+#   POLAR_REWARD_MODEL     the checkpoint that it serves, a directory that all nodes see; default: polar serve tells it
 #   NNODES, NODE_RANK, MASTER_ADDR   for a Ray cluster: run the same line on every node
 set -euo pipefail
 
@@ -41,11 +41,13 @@ fi
 if [[ -e $directory/test.parquet ]]; then
   set -- "data.val_files=$directory/test.parquet" "$@"
 fi
+if [[ -n ${POLAR_REWARD_MODEL:-} ]]; then
+  set -- "reward.custom_reward_function.reward_kwargs.model='$POLAR_REWARD_MODEL'" "$@"
+fi
 "$python" -m verl.trainer.main_ppo --config-path "$here" --config-name "$data" \
   by="$algorithm" \
   data.train_files="$directory/train.parquet" \
   actor_rollout_ref.model.path="$policy" \
   reward.custom_reward_function.reward_kwargs.address="'${POLAR_REWARD_ADDRESS:-127.0.0.1:30000}'" \
-  reward.custom_reward_function.reward_kwargs.model="'${POLAR_REWARD_MODEL:-polar-nano}'" \
   trainer.nnodes="$nodes" \
   "$@"

@@ -124,6 +124,13 @@ def as_string(row: Row, where: str, value: object) -> str:
     return value
 
 
+def as_content(row: Row, where: str, value: object) -> str:
+    """The content of a message: a string, or a list of parts of type "text", which are joined."""
+    if isinstance(value, list):
+        return "".join(_part(row, f"{where}[{i}]", part) for i, part in enumerate(value))
+    return as_string(row, where, value)
+
+
 def as_number(row: Row, where: str, value: object) -> float:
     """A value as a finite number."""
     # Written so that NaN fails too, and an integer too large for a float.
@@ -167,10 +174,8 @@ def _message(row: Row, where: str, item: object) -> Message:
         raise row.error(where, "a message with role and content", describe(item))
     if item.get("tool_calls"):
         raise row.error(f"{where}.tool_calls", "the whole text of the message in its content", "tool calls")
-    content = item["content"]
-    if isinstance(content, list):
-        content = "".join(_part(row, f"{where}.content[{i}]", part) for i, part in enumerate(content))
-    return Message(as_string(row, f"{where}.role", item["role"]), as_string(row, f"{where}.content", content))
+    content = as_content(row, f"{where}.content", item["content"])
+    return Message(as_string(row, f"{where}.role", item["role"]), content)
 
 
 def _part(row: Row, where: str, part: object) -> str:

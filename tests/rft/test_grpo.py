@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from polar import Comparison, InputError, RewardError, Template
 from polar.cli.main import main
@@ -127,7 +127,7 @@ def test_the_truth_is_asked_for_where_it_is_needed(words: list[str], more: list[
 def test_a_reward_that_cannot_be_had_ends_the_run_and_the_policy_stays(
     words: list[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(config: RftConfig) -> Any:
+    def failing(config: RftConfig, thinking: str) -> Any:
         calls = iter(range(9))
 
         def reward(prompts: list[str], **batch: Any) -> list[float]:
@@ -156,6 +156,22 @@ def test_an_output_directory_must_be_new(words: list[str], tmp_path: Path) -> No
 )
 def test_the_verifier_reads_the_last_number_of_the_answer(output: str, verdict: int) -> None:
     assert verifier(r"-?\d+")(completions=[output], answer=["4"]) == [verdict]
+
+
+def test_the_chat_template_tells_whether_it_opens_the_thinking(tokenizer: Tokenizer) -> None:
+    policy = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert not grpo.template_opens_thinking(policy)
+    turns = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    policy.chat_template = turns
+    assert not grpo.template_opens_thinking(policy)
+    policy.chat_template = turns + "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
+    assert grpo.template_opens_thinking(policy)
+
+
+def test_an_unfinished_thought_is_no_answer_where_the_template_opens_it() -> None:
+    assert verifier(r"-?\d+", "opened")(completions=["so 4", "so 3</think>4"], answer=["4", "4"]) == [0, 1]
+    rouge = named_reward(RftConfig(model="", data=["-"], output="", reward="rouge-l"), "opened")
+    assert rouge(prompts=["p", "p"], completions=["a fox", "hm</think>a fox"], references=["a fox"] * 2) == [0, 1]
 
 
 def test_a_group_of_the_pattern_is_the_answer() -> None:

@@ -46,7 +46,14 @@ def test_the_launcher(data: str, tmp_path: Path) -> None:
     assert f"data.val_files={tmp_path}/data/{data}/test.parquet" in words
     assert "actor_rollout_ref.model.path=me/my policy" in words
     assert "reward.custom_reward_function.reward_kwargs.address='a:1,b:2'" in words
+    assert not any("reward_kwargs.model=" in word for word in words)
     assert words[-1] == "trainer.total_epochs=2"
+
+
+def test_the_launcher_hands_on_a_checkpoint(tmp_path: Path) -> None:
+    words = launched(tmp_path, "math", "ppo", "policy", "a=b", POLAR_REWARD_MODEL="/models/rm 7B")
+    assert "reward.custom_reward_function.reward_kwargs.model='/models/rm 7B'" in words
+    assert words[-1] == "a=b"
 
 
 def test_the_launcher_says_how_it_is_used() -> None:

@@ -8,8 +8,8 @@ from polar import InputError
 from polar.rft.settings import Settings, read_settings
 
 
-def test_nothing_given_is_the_bundled_model_on_this_machine() -> None:
-    assert read_settings({}) == Settings(address="127.0.0.1:30000", model="polar-nano", scale="raw", floor=None)
+def test_nothing_given_is_whatever_is_served_on_this_machine() -> None:
+    assert read_settings({}) == Settings(address="127.0.0.1:30000", model=None, scale="raw", floor=None)
 
 
 def test_the_environment_fills_what_arguments_leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,7 +19,7 @@ def test_the_environment_fills_what_arguments_leave_out(monkeypatch: pytest.Monk
     monkeypatch.setenv("POLAR_REWARD_SCALE", "zscore")
     found = read_settings({"scale": "probability", "model": None})
     assert (found.address, found.concurrency, found.floor) == ("10.0.0.1:30000,10.0.0.2:30000", 16, -12.5)
-    assert (found.scale, found.model) == ("probability", "polar-nano")
+    assert (found.scale, found.model) == ("probability", None)
 
 
 def test_a_list_of_addresses() -> None:

@@ -53,3 +53,17 @@ def test_a_row_without_a_reference_is_named(fake: Fake, served: Path) -> None:
         orm(OUTPUTS, messages=MESSAGES, solution=["It is Beijing.", None])
     with pytest.raises(InputError, match='ms-swift:0: field "prompt"'):
         orm(OUTPUTS[:1], messages=[MESSAGES[0][-1:]], solution=["It is Beijing."])
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (None, "ms-swift: expected the conversations of the completions in messages"),
+        ([MESSAGES[0], MESSAGES[1][:-1]], "ms-swift:1: expected messages that end with the completion"),
+        ([MESSAGES[0], []], "ms-swift:1: expected messages that end with the completion"),
+    ],
+)
+def test_without_the_conversation_there_is_no_prompt(fake: Fake, served: Path, messages: Any, message: str) -> None:
+    orm = PolarReward(address=fake.address, model=str(served))
+    with pytest.raises(InputError, match=message):
+        orm(OUTPUTS, messages, solution=["It is Beijing."] * 2)

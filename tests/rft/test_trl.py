@@ -91,6 +91,56 @@ def test_thinking_reaches_no_reward(llama: RewardModel) -> None:
     assert opened == pytest.approx(alone(llama, "", prompt="Capital?\n<think>\n"), abs=1e-4)
 
 
+def test_thinking_that_the_template_of_conversations_opens(
+    llama: RewardModel, fake: Fake, served: Path, template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, empty = alone(llama, "still thinking", prompt=PROMPT), alone(llama, "", prompt=PROMPT)
+
+    def found(**settings: Any) -> Any:
+        (value,) = call(polar_reward(**settings), [CHAT], [said("still thinking")], reference=[REFERENCE])
+        return pytest.approx(value, abs=1e-4)
+
+    assert found(model=llama) == raw
+    assert found(model=llama, thinking="opened") == empty
+    server = {"model": served, "server_address": fake.address}
+    assert found(**server, thinking="opened") == reward(
+        template.encode(Comparison(PROMPT, REFERENCE, "")).sequences()[0]
+    )
+    monkeypatch.setenv("POLAR_REWARD_THINKING", "opened")
+    assert found(model=llama) == empty
+    assert found(model=llama, thinking="strip") == raw
+    with pytest.raises(InputError, match="reward setting thinking"):
+        polar_reward(llama, thinking="open")  # type: ignore[arg-type]
+
+
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "mul", "arguments": {"a": 2}}}]}
+
+
+@pytest.mark.parametrize(
+    ("turns", "output"),
+    [
+        ([CALL, {"role": "tool", "content": "4"}, *said("It is 4.")], "It is 4."),
+        ([{**CALL, "content": None}, {"role": "tool", "content": "4"}, *said("It is 4.")], "It is 4."),
+        ([*said("Let me see."), {**CALL, "content": ""}, *said("It is 4.")], "Let me see.\nIt is 4."),
+        ([CALL], ""),
+        (
+            [{"role": "assistant", "content": [{"type": "text", "text": "It is"}, {"type": "text", "text": " 4."}]}],
+            "It is 4.",
+        ),
+        ([], ""),
+    ],
+)
+def test_what_the_assistant_says_in_a_conversation(llama: RewardModel, turns: list[Any], output: str) -> None:
+    found = call(polar_reward(llama), [CHAT], [turns], reference=[REFERENCE])
+    assert found == pytest.approx([alone(llama, output)], abs=1e-4)
+
+
+def test_a_turn_that_is_no_text_is_named(llama: RewardModel) -> None:
+    turns = [{"role": "assistant", "content": [{"type": "image", "image": "a.png"}]}]
+    with pytest.raises(InputError, match=r'completion:1: field "output\[0\]\.content\[0\]\.type": expected "text"'):
+        call(polar_reward(llama), [CHAT, CHAT], [said("4"), turns], reference=[REFERENCE] * 2)
+
+
 @pytest.mark.parametrize("columns", [{}, {"reference": [None]}, {"reference": [""]}, {"reference": [["a", None]]}])
 def test_a_row_without_a_reference_is_an_error(llama: RewardModel, columns: dict[str, list[Any]]) -> None:
     with pytest.raises(InputError, match="completion:0"):

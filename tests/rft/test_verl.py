@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,17 @@ def test_a_row_without_prompt_or_reference_is_named(
 ) -> None:
     with pytest.raises(InputError, match=message):
         score(fake, served, "Beijing.", ground_truth, extra_info=extra)
+
+
+def test_extra_info_in_json(fake: Fake, served: Path, truth: Any) -> None:
+    def compute(extra_info: Any) -> Any:
+        settings = {"address": fake.address, "model": str(served), "deadline": 5}
+        return asyncio.run(compute_score("capitals", "Shanghai.", "It is Beijing.", extra_info, **settings))
+
+    assert compute(json.dumps({"prompt": PROMPT}))["score"] == truth("Shanghai.")
+    for wrong in ("{", "[]", 3):
+        with pytest.raises(InputError, match="capitals: expected an object in extra_info, found"):
+            compute(wrong)
 
 
 def test_what_verl_adds_for_its_own_reward_models_is_no_setting(fake: Fake, served: Path, truth: Any) -> None:

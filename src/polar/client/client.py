@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,16 +14,14 @@ from polar.client.batching import Gatherer, batches
 from polar.client.engines import Answer, ServerType, ways_to_ask
 from polar.client.errors import EngineError, RewardError
 from polar.client.probe import diagnose, read_probes
-from polar.client.servers import Limits, Server, open_server, parse_addresses
+from polar.client.servers import Limits, Server, open_server, parse_addresses, server_key
 from polar.client.transport import ABOUT_ITEMS, NO_SUCH_PATH, RefusedError, Transport
 from polar.errors import InputError
 from polar.records import Comparison, Group
 from polar.template import BUNDLED_MODEL, BUNDLED_NAME, Compat, EncodedGroup, Template
-from polar.wire import api_key
 
 log = logging.getLogger(__name__)
 
-KEY_VARIABLE = "POLAR_API_KEY"
 MOST_TRIES = 5
 """Of one request that the servers answer with an error of their own (500) or with nonsense."""
 MOST_SPLITS = 32
@@ -74,6 +71,7 @@ class AsyncRewardModelClient:
         probe: bool = True,
     ) -> None:
         directory = served_directory(path)
+        self._path = path
         self.template = Template.load(directory, compat).with_lengths(max_length, max_response_length)
         self.limits = limits or Limits()
         self._probes = read_probes(directory) if probe else []
@@ -83,7 +81,7 @@ class AsyncRewardModelClient:
                 "RewardModel and save it again",
                 directory,
             )
-        key = api_key(KEY_VARIABLE) if os.environ.get(KEY_VARIABLE) else None
+        key = server_key()
         addresses = parse_addresses(server_address, server_type)
         servers = [open_server(address, kind, key, self.limits) for address, kind in addresses]
         self._transport = Transport(servers, key, self.limits, self._prove)
@@ -245,9 +243,9 @@ class AsyncRewardModelClient:
             except RefusedError as error:
                 if error.status in NO_SUCH_PATH and engine is not engines[-1]:
                     continue
-                raise
+                raise RefusedError(f"{error} (it was sent the probes of {self._path})", error.status) from None
             if reason := diagnose(self._probes, answers):
-                raise EngineError(reason)
+                raise EngineError(f"{reason} (the checkpoint here: {self._path})")
             server.engine = engine
             return
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +13,9 @@ import httpx2
 
 from polar.client.engines import ENGINES, Engine, ServerType
 from polar.errors import InputError
-from polar.wire import is_local
+from polar.wire import api_key, is_local
 
+KEY_VARIABLE = "POLAR_API_KEY"
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds."""
 
@@ -99,25 +101,48 @@ def parse_addresses(server_address: str | Sequence[str], server_type: ServerType
     return addresses
 
 
+def server_key() -> str | None:
+    """The key of the servers, if there is one in the environment.
+
+    Raises:
+        InputError: it is none.
+    """
+    return api_key(KEY_VARIABLE) if os.environ.get(KEY_VARIABLE) else None
+
+
 def open_server(address: str, server_type: ServerType, key: str | None, limits: Limits) -> Server:
     """A server with its connections, none of which is made yet.
 
     Raises:
         InputError: the address is none.
     """
+    connections = limits.concurrency + 1
+    http = httpx2.AsyncClient(
+        **connection(address, key),
+        timeout=None,  # one limit around the whole request, see Transport
+        limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
+    )
+    return Server(address, server_type, http)
+
+
+def connection(address: str, key: str | None) -> dict[str, Any]:
+    """What a client of httpx2 is told about a server.
+
+    Raises:
+        InputError: the address is none.
+    """
     try:
         url = httpx2.URL(address)
-    except httpx2.InvalidURL as error:
+        url.host.encode("idna")  # what the socket module does, where a bad name is no error of httpx2
+    except (httpx2.InvalidURL, UnicodeError) as error:
         raise InputError(f"server address {address}: {error}") from error
     if url.scheme not in ("http", "https") or not url.host:
         raise InputError(f"server address {address}: expected host:port or a URL")
-    connections = limits.concurrency + 1
-    http = httpx2.AsyncClient(
-        base_url=url,
-        headers={"Authorization": f"Bearer {key}"} if key else {},
-        timeout=None,  # one limit around the whole request, see Transport
-        limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
-        follow_redirects=False,  # texts and key stay with the address that was given
-        trust_env=not is_local(url.host),
-    )
-    return Server(address, server_type, http)
+    if url.port is not None and not 0 < url.port < 65536:
+        raise InputError(f"server address {address}: expected a port from 1 to 65535")
+    return {
+        "base_url": url,
+        "headers": {"Authorization": f"Bearer {key}"} if key else {},
+        "follow_redirects": False,  # texts and key stay with the address that was given
+        "trust_env": not is_local(url.host),
+    }

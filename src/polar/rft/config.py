@@ -37,8 +37,8 @@ class RftConfig:
     reward: str = BUNDLED_NAME
     """A reward model (directory or hub name), the address of a reward server (host:port or a URL), or as baselines
     rouge-l (closeness in words to the reference) and exact (the verifier itself)."""
-    served_checkpoint: str = BUNDLED_NAME
-    """The checkpoint that is served, when the reward is an address."""
+    served_checkpoint: str | None = None
+    """The checkpoint that is served, when the reward is an address (default: what a polar serve there has)."""
     scale: Scale = "raw"
     """Scale of the rewards of a model: raw, zscore or probability (the last two need `polar calibrate`)."""
     aggregate: Aggregate = "max"

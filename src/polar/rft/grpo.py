@@ -22,7 +22,9 @@ from polar.rft.config import RftConfig
 from polar.rft.examiner import Examiner
 from polar.rft.guard import Measurement, has_parted
 from polar.rft.named_rewards import named_reward, verifier
+from polar.rft.samples import Thinking
 from polar.rft.tasks import Task, read_task
+from polar.rft.thinking import opens_thinking
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +68,10 @@ def train(config: RftConfig) -> list[Measurement]:
         raise InputError(f"{wanted} needs the field answer in every row of data and eval_data")
     if config.guard and not held_out:
         raise InputError("the guard needs eval_data: it compares reward and truth on held-out prompts")
-    reward = named_reward(config)
-    truth = verifier(config.answer_pattern) if verified else None
     model, tokenizer = load_policy(config.model)
+    thinking: Thinking = "opened" if template_opens_thinking(tokenizer) else "strip"
+    reward = named_reward(config, thinking)
+    truth = verifier(config.answer_pattern, thinking) if verified else None
     output.mkdir(parents=True, exist_ok=True)
     config.save(output / "config.yaml")
     examiner = Examiner(config, held_out, reward, truth, tokenizer)
@@ -129,6 +132,14 @@ def load_policy(name: str) -> tuple[Any, Any]:
     if tokenizer.pad_token_id is None:
         raise InputError(f"{name}: the tokenizer has neither a pad nor an eos token")
     return model, tokenizer
+
+
+def template_opens_thinking(tokenizer: Any) -> bool:
+    """Whether the chat template opens the block of thinking at the end of a prompt, before the policy writes."""
+    if tokenizer.chat_template is None:
+        return False
+    chat = [{"role": "user", "content": "?"}]
+    return opens_thinking(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
 
 class Watch(TrainerCallback):

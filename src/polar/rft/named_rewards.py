@@ -8,7 +8,7 @@ from typing import Any
 from polar.errors import InputError
 from polar.references import aggregated, groups_of
 from polar.rft.config import RftConfig
-from polar.rft.samples import as_scored
+from polar.rft.samples import Thinking, as_scored
 from polar.rft.thinking import strip_thinking
 from polar.rft.trl import RewardFunction, output_of, polar_reward, samples_of
 
@@ -16,24 +16,31 @@ ADDRESS = re.compile(r"https?://.+|[\w.-]+:\d+(,.+)?")
 """host:port or a URL, or several of them."""
 
 
-def named_reward(config: RftConfig) -> RewardFunction:
+def named_reward(config: RftConfig, thinking: Thinking = "strip") -> RewardFunction:
     """The reward that the settings name.
+
+    Args:
+        config: The settings.
+        thinking: "opened" if the chat template of the policy opens the block of thinking.
 
     Raises:
         InputError: there is no such checkpoint, or a package is missing.
     """
     if config.reward == "exact":
-        return verifier(config.answer_pattern)
+        return verifier(config.answer_pattern, thinking)
     if config.reward == "rouge-l":
-        return rouge_l_reward(config)
-    if ADDRESS.fullmatch(config.reward):
-        return polar_reward(
-            config.served_checkpoint, server_address=config.reward, scale=config.scale, aggregate=config.aggregate
-        )
-    return polar_reward(config.reward, scale=config.scale, aggregate=config.aggregate)
+        return rouge_l_reward(config, thinking)
+    served = ADDRESS.fullmatch(config.reward)
+    return polar_reward(
+        config.served_checkpoint if served else config.reward,
+        server_address=config.reward if served else None,
+        scale=config.scale,
+        aggregate=config.aggregate,
+        thinking=thinking,
+    )
 
 
-def rouge_l_reward(config: RftConfig) -> RewardFunction:
+def rouge_l_reward(config: RftConfig, thinking: Thinking = "strip") -> RewardFunction:
     """ROUGE-L F1 of a completion with its references, 0 to 1: a baseline.
 
     Raises:
@@ -47,7 +54,7 @@ def rouge_l_reward(config: RftConfig) -> RewardFunction:
 
     def rouge(**batch: Any) -> list[float]:
         rewards = []
-        for sample in map(as_scored, samples_of(batch)):
+        for sample in (as_scored(sample, thinking) for sample in samples_of(batch)):
             groups = groups_of(sample.prompt, sample.references, (sample.output,))
             rewards += aggregated([rouge_l(group) for group in groups], config.aggregate)
         return rewards
@@ -55,12 +62,13 @@ def rouge_l_reward(config: RftConfig) -> RewardFunction:
     return rouge
 
 
-def verifier(pattern: str) -> RewardFunction:
+def verifier(pattern: str, thinking: Thinking = "strip") -> RewardFunction:
     """1 where the last match of the pattern in the answer of a completion is the wanted answer, else 0."""
     compiled = re.compile(pattern)
 
     def verifier(completions: list[Any], answer: list[str], **batch: Any) -> list[float]:
-        outputs = [str(strip_thinking(str(output_of(completion)))) for completion in completions]
+        texts = [str(output_of(completion, number)) for number, completion in enumerate(completions)]
+        outputs = [str(strip_thinking(text, opened=thinking == "opened")) for text in texts]
         return [float(extracted(compiled, output) == wanted) for output, wanted in zip(outputs, answer, strict=True)]
 
     return verifier

@@ -14,19 +14,24 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from polar.client.client import served_directory
-from polar.client.errors import RewardError
+from polar.client.errors import EngineError, RewardError
+from polar.client.fetching import fetch_checkpoint
 from polar.client.servers import Limits
 from polar.client.sync import RewardModelClient
 from polar.model.calibration import read_calibration, scaling
 from polar.records import Comparison
 from polar.references import aggregated
 from polar.rft.samples import Sample, as_scored
-from polar.rft.settings import Settings, read_settings
+from polar.rft.settings import PREFIX, Settings, read_settings
 
 log = logging.getLogger(__name__)
+
+MODEL_VARIABLE = f"{PREFIX}MODEL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +54,18 @@ class Reward:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        directory = served_directory(settings.model)
-        self._client = RewardModelClient(
-            directory,
-            server_address=settings.address,
-            server_type=settings.server_type,
-            compat=settings.compat,
-            limits=Limits(settings.concurrency, timeout=settings.timeout, deadline=settings.deadline),
-        )
-        self._in_scale = scaling(settings.scale, read_calibration(directory))
+        with TemporaryDirectory(prefix="polar-") as fetched:
+            directory = (
+                _fetched(settings, Path(fetched)) if settings.model is None else served_directory(settings.model)
+            )
+            self._client = RewardModelClient(
+                directory,
+                server_address=settings.address,
+                server_type=settings.server_type,
+                compat=settings.compat,
+                limits=Limits(settings.concurrency, timeout=settings.timeout, deadline=settings.deadline),
+            )
+            self._in_scale = scaling(settings.scale, read_calibration(directory))
 
     async def score(self, sample: Sample) -> Scored:
         """The reward of one sample, in any event loop; calls at the same time share their requests.
@@ -99,6 +107,10 @@ class Reward:
         for outcome in outcomes:
             if isinstance(outcome, RewardError):
                 return self._failed(sample, outcome.failures[0])
+            if isinstance(outcome, EngineError):
+                model = self.settings.model
+                source = "not set, and was asked of the server" if model is None else f"{model!r}"
+                raise EngineError(f"{outcome}; the reward setting model ({MODEL_VARIABLE}) is {source}") from outcome
             if isinstance(outcome, BaseException):
                 raise outcome
             rewards.append(outcome)
@@ -131,6 +143,18 @@ _opening = threading.Lock()
 def _reward(settings: Settings, process: int) -> Reward:
     """A forked process opens its own: threads are not forked with it."""
     return Reward(settings)
+
+
+def _fetched(settings: Settings, directory: Path) -> Path:
+    """The directory with what the server tells about its checkpoint."""
+    try:
+        fetch_checkpoint(settings.address, directory, settings.deadline)
+    except EngineError as error:
+        raise EngineError(
+            f"reward setting model ({MODEL_VARIABLE}) is not set, and the server does not tell it: {error}; "
+            "set it to the directory of the checkpoint that is served there"
+        ) from error
+    return directory
 
 
 def _complete(results: Sequence[Scored | str]) -> list[Scored]:

@@ -15,7 +15,7 @@ from polar.errors import InputError
 from polar.model.calibration import Scale
 from polar.references import Aggregate
 from polar.rft.samples import Thinking
-from polar.template import BUNDLED_NAME, Compat
+from polar.template import Compat
 
 PREFIX = "POLAR_REWARD_"
 """Of the environment variables, as in POLAR_REWARD_ADDRESS."""
@@ -34,8 +34,9 @@ class Settings:
 
     address: str = "127.0.0.1:30000"
     """host:port or a URL of the reward server; several separated by commas."""
-    model: str = BUNDLED_NAME
-    """The checkpoint that is served there: a directory on every machine that asks, or "polar-nano"."""
+    model: str | None = None
+    """The checkpoint that is served there: a directory on every machine that asks, or "polar-nano". None: what a
+    `polar serve` there says that it has; other servers do not tell."""
     server_type: ServerType = "auto"
     """What serves there; "auto" finds out."""
     compat: Compat | None = None

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from polar.errors import InputError
 from polar.rft.reward import reward_for
 from polar.rft.samples import read_sample
 
@@ -32,7 +33,9 @@ class PolarReward:
     def __init__(self, args: Any = None, **settings: Any) -> None:
         self._settings = settings
 
-    def __call__(self, completions: Sequence[str], messages: Sequence[Any], **columns: Any) -> list[float]:
+    def __call__(
+        self, completions: Sequence[str], messages: Sequence[Any] | None = None, **columns: Any
+    ) -> list[float]:
         """The rewards of completions, in their order.
 
         Args:
@@ -44,8 +47,13 @@ class PolarReward:
             InputError: a row has no reference or no prompt.
             RewardError: rewards could not be had, and no floor is set.
         """
+        if messages is None:
+            raise InputError("ms-swift: expected the conversations of the completions in messages, found none")
         rows = [
-            {"prompt": conversation[:-1], **{name: columns[name][number] for name in REFERENCES if name in columns}}
+            {
+                "prompt": _prompt(conversation, number),
+                **{name: columns[name][number] for name in REFERENCES if name in columns},
+            }
             for number, conversation in enumerate(messages)
         ]
         samples = [
@@ -53,3 +61,10 @@ class PolarReward:
             for number, (row, output) in enumerate(zip(rows, completions, strict=True))
         ]
         return [scored.reward for scored in reward_for(self._settings).score_all(samples)]
+
+
+def _prompt(conversation: Any, number: int) -> Any:
+    """What stands before the completion."""
+    if not conversation or conversation[-1].get("role") != "assistant":
+        raise InputError(f"ms-swift:{number}: expected messages that end with the completion, a turn of the assistant")
+    return conversation[:-1]

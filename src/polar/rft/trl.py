@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from polar.errors import InputError
+from polar.fields import Row, as_content
 from polar.model.calibration import Scale
 from polar.model.reward_model import RewardModel
 from polar.records import Group, Text
 from polar.references import Aggregate, aggregated, groups_of
 from polar.rft.reward import Reward, reward_for
-from polar.rft.samples import Sample, as_scored, read_sample
+from polar.rft.samples import Sample, Thinking, as_scored, read_sample
+from polar.rft.settings import Settings, read_settings
 from polar.rft.thinking import opens_thinking
 from polar.template import BUNDLED_NAME
 
@@ -32,25 +34,28 @@ REFERENCES = ("references", "reference")
 
 
 def polar_reward(
-    model: str | Path | RewardModel = BUNDLED_NAME,
+    model: str | Path | RewardModel | None = None,
     *,
     server_address: str | Sequence[str] | None = None,
-    scale: Scale = "raw",
-    aggregate: Aggregate = "max",
+    scale: Scale | None = None,
+    aggregate: Aggregate | None = None,
+    thinking: Thinking | None = None,
     **server: Any,
 ) -> RewardFunction:
     """A reward function that scores completions by their closeness to the references of their prompts.
 
     Completions that share prompt and references are scored as one group, so the shared part of their inputs is computed
-    once. Thinking is taken out of completions and references before (`polar.rft.thinking`).
+    once. Scale, aggregate and thinking that are left out are looked up in the environment (`polar.rft.settings`).
 
     Args:
-        model: A reward model or a checkpoint: a directory, a hub name, or "polar-nano" for the bundled one. It runs in
-            this process, unless there is a server.
+        model: A reward model or a checkpoint: a directory, a hub name, or "polar-nano" for the bundled one, which is
+            the default. It runs in this process, unless there is a server; then the default is what that has.
         server_address: Where servers of this checkpoint listen: host:port or a URL, or several of them.
         scale: Of the rewards; see `polar.model.calibration`.
         aggregate: What becomes of the rewards against several references.
-        server: Further settings of requests to a server (`polar.rft.settings`).
+        thinking: What becomes of it in completions and references (`polar.rft.thinking`). Say "opened" if the chat
+            template of the policy opens the block itself and prompts are conversations; prompts that are texts show it.
+        server: Further settings of requests to a server.
 
     Raises:
         InputError: the checkpoint, an address or a setting is unusable. The function itself raises it when a row has no
@@ -58,16 +63,18 @@ def polar_reward(
             which TRL would leave out of the batch.
     """
     score: Callable[[Sequence[Sample]], list[float]]
+    given = {"scale": scale, "aggregate": aggregate, "thinking": thinking}
     if server_address is not None:
         if isinstance(model, RewardModel):
             raise InputError("server_address: name the checkpoint that is served there in place of a loaded model")
-        settings = {"address": server_address, "model": str(model), "scale": scale, "aggregate": aggregate, **server}
-        score = partial(_on_server, reward_for(settings))
+        served = None if model is None else str(model)
+        score = partial(_on_server, reward_for({"address": server_address, "model": served, **given, **server}))
     else:
         if server:
             raise InputError(f"{', '.join(sorted(server))}: a setting of servers, but there is no server_address")
-        local = model if isinstance(model, RewardModel) else RewardModel.load(model)
-        score = partial(score_locally, local, scale=scale, aggregate=aggregate)
+        settings = read_settings(given)
+        local = model if isinstance(model, RewardModel) else RewardModel.load(model or BUNDLED_NAME)
+        score = partial(score_locally, local, settings)
 
     def polar(**batch: Any) -> list[float]:  # its name is that of the reward in TRL's logs
         return score(samples_of(batch))
@@ -89,7 +96,7 @@ def samples_of(batch: Mapping[str, Any]) -> list[Sample]:
         samples.append(
             read_sample(
                 fields,
-                output_of(completion),
+                output_of(completion, number),
                 prompt="prompt",
                 references=REFERENCES,
                 source="completion",
@@ -100,31 +107,42 @@ def samples_of(batch: Mapping[str, Any]) -> list[Sample]:
     return samples
 
 
-def output_of(completion: object) -> object:
-    """The text of a completion: of a conversation what the assistant says, line by line."""
+def output_of(completion: object, number: int = 0) -> object:
+    """The text of a completion: of a conversation what the assistant says, line by line, without its calls of tools.
+
+    Raises:
+        InputError: the content of a turn is no text.
+    """
     if not isinstance(completion, list):
         return completion
-    return "\n".join(turn["content"] or "" for turn in completion if turn["role"] == "assistant")
+    row = Row("completion", number, {})
+    return "\n".join(
+        as_content(row, f"output[{place}].content", turn["content"])
+        for place, turn in enumerate(completion)
+        if turn.get("role") == "assistant" and turn.get("content")
+    )
 
 
-def score_locally(model: RewardModel, samples: Sequence[Sample], scale: Scale, aggregate: Aggregate) -> list[float]:
+def score_locally(model: RewardModel, settings: Settings, samples: Sequence[Sample]) -> list[float]:
     """The rewards of samples, in their order; those with the same prompt and references are scored together.
+
+    Of the settings those count that say what is scored: scale, aggregate and thinking.
 
     Raises:
         InputError: a reference has no answer, or the checkpoint has no calibration for the scale.
         FloatingPointError: a reward is not finite.
     """
-    samples = list(map(as_scored, samples))
+    samples = [as_scored(sample, settings.thinking) for sample in samples]
     together: dict[tuple[Text, tuple[Text, ...]], list[int]] = {}
     for number, sample in enumerate(samples):
         together.setdefault((sample.prompt, sample.references), []).append(number)
     groups: list[Group] = []
     for (prompt, references), numbers in together.items():
         groups += groups_of(prompt, references, tuple(samples[number].output for number in numbers))
-    scored = iter(model.score_groups(groups, scale=scale))
+    scored = iter(model.score_groups(groups, scale=settings.scale))
     rewards = [0.0] * len(samples)
     for (_, references), numbers in together.items():
-        own = aggregated([next(scored) for _ in references], aggregate)
+        own = aggregated([next(scored) for _ in references], settings.aggregate)
         for number, value in zip(numbers, own, strict=True):
             rewards[number] = value
     return rewards

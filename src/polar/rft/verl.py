@@ -4,7 +4,7 @@ From verl 0.7.1 on, also in 0.9: one sample per call, many calls at a time (`com
 
     reward.custom_reward_function.path=pkg://polar.rft.verl
     reward.custom_reward_function.name=compute_score
-    +reward.custom_reward_function.reward_kwargs.address=10.0.0.1:30000
+    +reward.custom_reward_function.reward_kwargs.address=127.0.0.1:30000
 
 and `compute_score_batch` for verl 0.5 to 0.7.0, whose reward manager is "batch". What can stand in reward_kwargs, or in
 the environment, is told in `polar.rft.settings`. The data are those of `polar rft-data`: the prompt is read from
@@ -13,9 +13,12 @@ extra_info, the references from extra_info["references"], extra_info["reference"
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from polar.errors import InputError
+from polar.fields import describe, json_object
 from polar.rft.reward import Scored, reward_for
 from polar.rft.samples import Sample, read_sample
 
@@ -24,7 +27,7 @@ async def compute_score(
     data_source: str,
     solution_str: str,
     ground_truth: Any,
-    extra_info: Mapping[str, Any] | None = None,
+    extra_info: Mapping[str, Any] | str | None = None,
     *,
     reward_router_address: str | None = None,
     reward_model_tokenizer: Any = None,
@@ -36,7 +39,7 @@ async def compute_score(
         data_source: The data set, for messages.
         solution_str: What the policy wrote, without special tokens.
         ground_truth: The reference, if extra_info has none: a text, messages, or a list of several references.
-        extra_info: Holds the prompt.
+        extra_info: Holds the prompt; an object, or one in JSON.
         reward_router_address: Of a reward model that verl runs itself; not used.
         reward_model_tokenizer: Of the same; not used.
         settings: `polar.rft.settings.Settings`.
@@ -49,7 +52,7 @@ async def compute_score(
         InputError: the sample or a setting is wrong.
         RewardError: the reward could not be had, and no floor is set.
     """
-    reward = reward_for(settings)
+    reward = await asyncio.to_thread(reward_for, settings)  # the first one may wait for the server
     return _result(await reward.score(_sample(data_source, solution_str, ground_truth, extra_info)))
 
 
@@ -57,7 +60,7 @@ def compute_score_batch(
     data_sources: Sequence[str],
     solution_strs: Sequence[str],
     ground_truths: Sequence[Any],
-    extra_infos: Sequence[Mapping[str, Any] | None],
+    extra_infos: Sequence[Mapping[str, Any] | str | None],
     **settings: Any,
 ) -> list[dict[str, float]]:
     """The rewards of a batch, in its order; one dictionary per sample, as in `compute_score`.
@@ -69,8 +72,10 @@ def compute_score_batch(
     return [_result(scored) for scored in reward.score_all([_sample(*row) for row in rows])]
 
 
-def _sample(data_source: str, solution: str, ground_truth: Any, extra_info: Mapping[str, Any] | None) -> Sample:
-    extra = extra_info or {}
+def _sample(data_source: str, solution: str, ground_truth: Any, extra_info: Mapping[str, Any] | str | None) -> Sample:
+    extra = extra_info if isinstance(extra_info, Mapping) else json_object(extra_info or "{}")
+    if extra is None:
+        raise InputError(f"{data_source}: expected an object in extra_info, found {describe(extra_info)}")
     return read_sample(
         {**{f"extra_info.{name}": value for name, value in extra.items()}, "ground_truth": ground_truth},
         solution,

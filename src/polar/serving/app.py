@@ -91,6 +91,10 @@ def _own_routes(service: Service, *, keyed: bool) -> APIRouter:
         service.require_model(request.model)
         return JSONResponse(await score_candidates(service, request))
 
+    @routes.get("/v1/checkpoint", summary="What a client needs of the checkpoint: template, probes and tokenizer")
+    async def checkpoint() -> Response:
+        return JSONResponse(await asyncio.to_thread(service.checkpoint.description))
+
     needs_key: dict[int | str, dict[str, Any]] = {403: {"model": ErrorAnswer, "description": "Not without a key"}}
 
     @routes.post("/v1/reload", summary="Load a checkpoint without dropping a request", responses=needs_key)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from polar.client.client import AsyncRewardModelClient
 from polar.errors import InputError
@@ -21,6 +21,7 @@ from polar.template import (
     Compat,
     EncodedGroup,
     Template,
+    read_checkpoint_file,
 )
 
 Inputs = list[str] | list[list[int]]
@@ -46,6 +47,8 @@ class Checkpoint:
     template: Template
     vocab_size: int
     calibration: Calibration | None
+    probes: list[dict[str, Any]]
+    """See `polar.client.probe`."""
     model: RewardModel | None
     """None in a gateway."""
     servers: AsyncRewardModelClient | None = None
@@ -70,6 +73,12 @@ class Checkpoint:
         """Close the connections of a gateway, after the last request."""
         if self.servers is not None:
             await self.servers.aclose()
+
+    def description(self) -> dict[str, object]:
+        """What clients need that do not have the checkpoint: the contents of its polar.json and its tokenizer.json."""
+        calibration = None if self.calibration is None else asdict(self.calibration)
+        facts = {"template": asdict(self.template.settings), "probes": self.probes, "calibration": calibration}
+        return {"checkpoint": facts, "tokenizer": self.template.tokenizer.to_str()}
 
     def encode_inputs(self, inputs: Inputs, where: str, limit: int | None = None) -> EncodedGroup:
         """Token ids of complete inputs.
@@ -161,4 +170,5 @@ def _checkpoint(
     servers: AsyncRewardModelClient | None = None,
 ) -> Checkpoint:
     vocab_size = max(template.tokenizer.get_vocab().values()) + 1 if model is None else model.model.config.vocab_size
-    return Checkpoint(source, template, vocab_size, read_calibration(directory), model, servers)
+    probes = read_checkpoint_file(directory).get("probes", [])
+    return Checkpoint(source, template, vocab_size, read_calibration(directory), probes, model, servers)
