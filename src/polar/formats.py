@@ -22,6 +22,7 @@ import json
 import re
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any
 
 from polar.errors import InputError
 from polar.fields import (
@@ -303,3 +304,18 @@ def _by_score(row: Row) -> list[tuple[tuple[Text, Text], float]]:
     """All pairs of answers with different scores, better one first, and the gap between their scores."""
     graded = _graded(row, "score", "text", "response")
     return [((better, worse), high - low) for (low, worse), (high, better) in combinations(graded, 2) if low < high]
+
+
+LABEL = ("prompt", "references")
+"""The keys of a label in JSON: what a framework hands on as one string of a row."""
+
+
+def label_of(prompt: Any, references: Sequence[Any]) -> str:
+    """The label that carries a prompt and its references, both as they stand in JSON."""
+    return json.dumps(dict(zip(LABEL, (prompt, references), strict=True)), ensure_ascii=False)
+
+
+def label_fields(label: Any) -> dict[str, Any] | None:
+    """The prompt and the references that a label of `label_of` carries, or None if it is another one."""
+    fields = json_object(label)
+    return fields if fields is not None and set(fields) == set(LABEL) else None

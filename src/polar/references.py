@@ -6,12 +6,10 @@ serving, evaluation and reinforcement fine-tuning share these rules.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from polar.fields import json_object
 from polar.records import Group, Text, Wrapper
 
 Aggregate = Literal["max", "mean", "softmax"]
@@ -22,21 +20,6 @@ a reference counts more the closer the candidate is to it; on a scale with a sma
 """
 
 AGGREGATES: tuple[Aggregate, ...] = get_args(Aggregate)
-
-
-LABEL = ("prompt", "references")
-"""The keys of a label in JSON: what a framework hands on as one string of a row."""
-
-
-def label_of(prompt: Any, references: Sequence[Any]) -> str:
-    """The label that carries a prompt and its references, both as they stand in JSON."""
-    return json.dumps(dict(zip(LABEL, (prompt, references), strict=True)), ensure_ascii=False)
-
-
-def label_fields(label: Any) -> dict[str, Any] | None:
-    """The prompt and the references that a label of `label_of` carries, or None if it is another one."""
-    fields = json_object(label)
-    return fields if fields is not None and set(fields) == set(LABEL) else None
 
 
 def groups_of(

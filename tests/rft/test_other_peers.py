@@ -16,7 +16,7 @@ import torch
 
 import polar.rft.openrlhf
 from polar import Comparison, Message, RewardModel
-from polar.references import label_of
+from polar.formats import label_of
 from polar.template import BUNDLED_MODEL
 from tests.serving.serving import Process, serving
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from polar import Comparison, RewardModel
+from polar.formats import label_of
 from polar.model.internlm2 import convert
-from polar.references import label_of
 from polar.serving.checkpoint import load_checkpoint
 from polar.serving.service import Service
 from polar.template import seed_text

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from polar.formats import label_of
 from polar.records import Message
-from polar.references import label_of
 from polar.rft.tasks import Task
 
 Framework = Literal["verl", "trl", "openrlhf", "swift"]

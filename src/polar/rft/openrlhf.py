@@ -18,7 +18,7 @@ from typing import Any
 
 from polar.endings import without_end
 from polar.errors import InputError
-from polar.references import label_fields
+from polar.formats import label_fields
 from polar.rft.reward import reward_for
 from polar.rft.samples import Sample, read_sample
 from polar.rft.thinking import opens_thinking

@@ -23,8 +23,9 @@ from pydantic import (
 )
 
 from polar.fields import Row, as_string, as_text, describe
+from polar.formats import label_fields
 from polar.records import Text, Wrapper
-from polar.references import Aggregate, label_fields
+from polar.references import Aggregate
 from polar.serving.checkpoint import Inputs
 
 MOST_INPUTS = 8192
