@@ -184,6 +184,39 @@ def test_an_unknown_key_in_a_config_file_is_named(tmp_path: Path, capsys: pytest
     assert "learning_rat" in error_line(capsys)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("data: x\nlearning_rate: [1, 2\nseed: 0\n", "c.yaml:3: not readable as YAML (expected ',' or ']'"),
+        ("a: 1\n\tb: 2\n", "c.yaml:2: not readable as YAML"),
+        ("a: 1\nb: \x01\n", "c.yaml: not readable as YAML"),
+        ("- data\n", "c.yaml: expected flags with their values, found a list"),
+        ("", "c.yaml: expected flags with their values, found null"),
+    ],
+)
+def test_a_broken_config_file_is_named_with_its_line(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text(content)
+    assert main(["score", "--config", str(tmp_path / "c.yaml")]) == 2
+    assert message in error_line(capsys)
+
+
+@pytest.mark.parametrize("command", [["score", "--output", "4"], ["rank", "--candidate", "4"]])
+def test_a_hyphen_is_stdout(command: list[str], checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    question = ["--prompt", "2+2?", "--reference", "4", "--model", str(checkpoint), "--device", "cpu"]
+    assert main([*command, *question, "--to", "-"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "command", [["score", "--prompt", "p", "--reference", "r", "--output", "o", "--server-address"], ["parity"]]
+)
+def test_a_port_that_is_none_is_one_line(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "127.0.0.1:99999"]) == 2
+    assert "http://127.0.0.1:99999: expected a port from 1 to 65535" in error_line(capsys)
+
+
 def test_environment_variables_set_flags(checkpoint: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", rows(2))
     result = polar("score", source, POLAR_SCORE_MODEL=str(checkpoint), POLAR_SCORE_EXPLAIN="true")

@@ -246,7 +246,11 @@ def test_addresses_have_types_and_schemes() -> None:
     [
         ({"path": "nowhere"}, "nowhere: no such directory"),
         ({"server_address": ""}, "expected host:port"),
-        ({"server_address": []}, "server_address is empty"),
+        ({"server_address": []}, "expected host:port or a URL, found none"),
+        ({"server_address": "a:1,"}, "'a:1,': expected host:port or a URL, found nothing"),
+        ({"server_address": "127.0.0.1:99999"}, "http://127.0.0.1:99999: expected a port from 1 to 65535"),
+        ({"server_address": "vllm=a:0"}, "http://a:0: expected a port from 1 to 65535"),
+        ({"server_address": f"{'a' * 70}:80"}, "label too long"),
         ({"server_address": "ftp://a"}, "ftp://a: expected host:port or a URL"),
         ({"server_address": "trt=a:1"}, "server type 'trt': expected auto or one of polar, vllm"),
         ({"server_type": "tgi"}, "server type 'tgi'"),

@@ -16,12 +16,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import yaml
 from cyclopts import App, CycloptsError
 from cyclopts.config import Env, Yaml
 from rich.console import Console
 from rich.logging import RichHandler
 
 from polar.errors import InputError
+from polar.fields import describe
 from polar.version import __version__
 
 COMMANDS = {
@@ -132,6 +134,16 @@ def _config_file(name: str) -> Path:
     path = Path(name).expanduser()
     if not path.is_file():
         raise InputError(f"--config {name}: no such file")
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = "" if mark is None else f":{mark.line + 1}"
+        raise InputError(f"--config {name}{line}: not readable as YAML ({error.problem})") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--config {name}: not readable as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"--config {name}: expected flags with their values, found {describe(content)}")
     return path
 
 

@@ -69,7 +69,7 @@ def rank(
     prompt: Annotated[str | None, Verbatim] = None,
     reference: Annotated[str | None, Verbatim] = None,
     candidate: Annotated[Sequence[str], Verbatim] = (),
-    to: str | None = None,
+    to: Annotated[str | None, Verbatim] = None,
     top_k: int | None = None,
     min_reward: float | None = None,
     min_zscore: float | None = None,

@@ -37,7 +37,7 @@ def score(
     prompt: Annotated[str | None, Verbatim] = None,
     reference: Annotated[Sequence[str], Verbatim] = (),
     output: Annotated[Sequence[str], Verbatim] = (),
-    to: str | None = None,
+    to: Annotated[str | None, Verbatim] = None,
     model: str = BUNDLED_NAME,
     scale: Scale = "raw",
     aggregate: Aggregate = "max",

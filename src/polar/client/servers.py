@@ -92,12 +92,14 @@ def parse_addresses(server_address: str | Sequence[str], server_type: ServerType
         kind, equals, address = word.partition("=")
         if not equals or "/" in kind:
             kind, address = server_type, word
+        if not address:
+            raise InputError(f"server address {server_address!r}: expected host:port or a URL, found nothing")
         if kind != "auto" and kind not in ENGINES:
             raise InputError(f"server type {kind!r}: expected auto or one of {', '.join(ENGINES)}")
         url = address if "://" in address else f"http://{address}"
         addresses.append((url.rstrip("/"), cast(ServerType, kind)))
     if not addresses:
-        raise InputError("server_address is empty; expected host:port")
+        raise InputError("server address: expected host:port or a URL, found none")
     return addresses
 
 

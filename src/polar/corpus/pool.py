@@ -96,7 +96,7 @@ class HttpEngine(_Settings):
     @classmethod
     def _is_an_address(cls, url: str) -> str:
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:  # raises beyond 65535
             raise ValueError("expected an address such as http://127.0.0.1:8000/v1")
         if parts.username or parts.password or parts.query:
             raise ValueError("expected no user, password or query in the address; name a variable with api_key_env")

@@ -73,7 +73,7 @@ def compute_score_batch(
 
 
 def _sample(data_source: str, solution: str, ground_truth: Any, extra_info: Mapping[str, Any] | str | None) -> Sample:
-    extra = extra_info if isinstance(extra_info, Mapping) else json_object(extra_info or "{}")
+    extra: Mapping[str, Any] | None = extra_info if isinstance(extra_info, Mapping) else json_object(extra_info or "{}")
     if extra is None:
         raise InputError(f"{data_source}: expected an object in extra_info, found {describe(extra_info)}")
     return read_sample(
