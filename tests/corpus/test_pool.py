@@ -60,6 +60,7 @@ def test_each_engine_and_every_field_is_read(tmp_path: Path) -> None:
         ({"policies": [{**POLICY, "decoding": {"top_p": 2}}]}, r"policies\[0\].decoding.top_p: .* less than or equal"),
         ({"policies": [{**POLICY, "kind": "base", "system": "x"}]}, "a base policy takes no system message"),
         ({"policies": [{**POLICY, "engine": {**HTTP, "base_url": "localhost"}}]}, "expected an address such as"),
+        ({"policies": [{**POLICY, "engine": {**HTTP, "base_url": "http://h:99999/v1"}}]}, "Port out of range 0-65535"),
         ({"policies": [{**POLICY, "engine": {**HTTP, "base_url": "http://u:secret@h/v1"}}]}, "expected no user, passw"),
         ({"policies": [{**POLICY, "engine": {**HTTP, "extra_body": {"stream": True, "top_p": 0.5}}}]}, "stream, top_p"),
         ({"policies": [{**POLICY, "engine": {"type": "magic", "model": "m"}}]}, "'transformers', 'vllm', 'http'"),
