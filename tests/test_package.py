@@ -37,7 +37,7 @@ EXTRAS = ["datasets", "peft", "tensorboard", "trl", "ray", "fastapi", "uvicorn",
 FLOORS = [  # from the bottom up; a room imports from lower floors only, not from others on its own
     ["errors", "endings", "metrics", "version"],
     ["records", "wire"],
-    ["baselines", "fields", "references", "template"],
+    ["baselines", "fields", "files", "references", "template"],
     ["formats", "sources", "writing"],
     ["reading"],
     ["client"],

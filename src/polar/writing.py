@@ -1,7 +1,6 @@
 """Writing rows to a file that appears only when it is complete.
 
-`open_writer` writes to a hidden file beside the target and renames it at the end, so that a reader never sees half a
-file, and removes it when anything fails. In Parquet, messages stay lists of {role, content}; any other object becomes
+In Parquet, messages stay lists of {role, content}; any other object becomes
 JSON text, because its keys may differ from row to row, which a Parquet column cannot express.
 """
 
@@ -10,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -23,6 +21,8 @@ import zstandard
 
 from polar.errors import InputError
 from polar.fields import messages_in
+from polar.files import new_file
+from polar.files import on_disk as on_disk
 from polar.records import Comparison, Group, Message, Preference, Text, Trajectory, Triple
 
 LINES, PARQUET = (".jsonl", ".jsonl.gz", ".jsonl.zst"), ".parquet"
@@ -66,26 +66,16 @@ def open_writer(path: str | Path, schema: pa.Schema | None = None) -> Iterator[W
         raise InputError(f"{path}: expected a file name that ends in {', '.join((*LINES, PARQUET))}")
     if target.is_dir():
         raise InputError(f"{path}: expected a file to write, found a directory")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with on_disk(path):
-        file = temporary.open("wb")
-    parquet = target.name.lower().endswith(PARQUET)
-    writer = _Parquet(str(path), file, schema) if parquet else _Lines(str(path), _compressed(file, target))
-    try:
-        yield writer
-        with on_disk(path):
-            writer.finish()
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            temporary.replace(target)
-    finally:
-        # No-ops after success; after a full disk they fail once more.
-        with contextlib.suppress(OSError):
-            writer.close()
-        with contextlib.suppress(OSError):
-            file.close()
-        temporary.unlink(missing_ok=True)
+    with new_file(target) as file:
+        parquet = target.name.lower().endswith(PARQUET)
+        writer = _Parquet(str(path), file, schema) if parquet else _Lines(str(path), _compressed(file, target))
+        try:
+            yield writer
+            with on_disk(path):
+                writer.finish()
+        finally:
+            with contextlib.suppress(OSError):  # finished already, or on a full disk, which refuses once more
+                writer.close()
 
 
 def record_to_dict(record: Trajectory | Triple | Preference | Comparison | Group) -> dict[str, Any]:
@@ -119,21 +109,6 @@ def _plain(value: object, role: str) -> object:
     if isinstance(value, str) and messages_in(value):
         return [{"role": role, "content": value}]
     return value
-
-
-@contextlib.contextmanager
-def on_disk(path: str | Path) -> Iterator[None]:
-    """What the operating system refuses is the matter of the user: a full disk, a missing directory.
-
-    Raises:
-        InputError: In place of an `OSError`.
-    """
-    try:
-        yield
-    except BrokenPipeError:  # the reader of stdout went away, which is no mistake
-        raise
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {' '.join((error.strerror or str(error)).split())}") from error
 
 
 def _compressed(file: IO[bytes], target: Path) -> IO[bytes]:

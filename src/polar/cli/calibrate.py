@@ -14,8 +14,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from polar.cli.models import Model, open_model
-from polar.cli.score import WINDOW, progress_bar
+from polar.cli.progress import progress_bar
+from polar.cli.score import WINDOW
 from polar.client.engines import ServerType
+from polar.files import require_new
 from polar.model import calibration as calibrating
 from polar.model.calibration import Calibration, Sample, read_samples
 from polar.model.files import checkpoint_directory
@@ -68,7 +70,7 @@ def calibrate(
     if output is None:
         calibrating.require_own(model)
     else:
-        calibrating.require_new(Path(output))
+        require_new(Path(output))
     reports = [ReadReport() for _ in data]
     samples = (
         sample

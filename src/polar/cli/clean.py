@@ -9,16 +9,17 @@ from typing import Annotated, get_args
 
 from cyclopts import Parameter
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from polar.cli.progress import progress_bar
 from polar.corpus import clean as cleaning
 from polar.corpus.clean import CleanReport, Counts, CutEndings, Drop, read_rows
 from polar.corpus.overlap import Decontaminator, NearDuplicates
 from polar.errors import InputError
+from polar.files import write_text
 from polar.reading import OnBadRow, ReadReport
-from polar.writing import on_disk, open_writer
+from polar.writing import open_writer
 
 SHOWN = 5
 """Shared n-grams in the table; the report has more."""
@@ -71,7 +72,7 @@ def clean(
     read, found, console = ReadReport(), CleanReport(), Console(stderr=True)
     near_duplicates = None if keep_near_duplicates else NearDuplicates(near_duplicate_threshold)
     evaluation = Decontaminator(decontaminate, ngram) if decontaminate else None
-    with open_writer(output) as writer:
+    with open_writer(output) as writer, progress_bar(console) as progress:
         cleaned = cleaning.clean(
             read_rows(inputs, on_bad_row=on_bad_row, report=read),
             cut_endings=cut_endings,
@@ -80,15 +81,15 @@ def clean(
             evaluation=evaluation,
             report=found,
         )
-        for row in track(cleaned, "cleaning", console=console, disable=not console.is_terminal, transient=True):
+        for row in progress.track(cleaned, description="cleaning"):
             writer.write(row)
+        progress.stop()
         total = found.total
         console.print(_table(total, found, read))
         if not total.kept:
             raise InputError(f"{', '.join(inputs)}: no row was left, so nothing was written (the table above says why)")
     if report is not None:
-        with on_disk(report):
-            Path(report).write_text(found.to_json(), "utf-8", newline="\n")
+        write_text(Path(report), found.to_json())
     sys.stderr.write(f"wrote {total.kept} rows to {output}{f', counts to {report}' if report else ''}\n")
 
 

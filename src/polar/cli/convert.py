@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from polar.errors import InputError
+from polar.files import require_new
 from polar.model import internlm2
 from polar.model.adapters import ADAPTER_CONFIG, is_adapter
 from polar.model.files import local_directory
@@ -41,8 +41,7 @@ def convert(source: str, target: str) -> None:
 
 
 def _merge(source: str, target: Path) -> str:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target}: exists already; choose a new directory")
+    require_new(target)
     whole = RewardModel.load(source, device="cpu", dtype="float32")
     whole.save(target)
     return type(whole.model).__name__

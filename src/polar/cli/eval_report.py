@@ -16,7 +16,7 @@ from polar.errors import InputError
 from polar.evaluation.card import model_card
 from polar.evaluation.page import page
 from polar.evaluation.report import build_report
-from polar.writing import on_disk
+from polar.files import on_disk, write_text
 
 
 def report(
@@ -45,10 +45,10 @@ def report(
         raise InputError("a run is given twice; expected different directories")
     found = build_report(runs, texts=not without_texts)
     contents = {".json": found.to_json(), ".md": model_card(found), ".html": page(found)}
+    with on_disk(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
     for suffix, content in contents.items():
-        with on_disk(target.with_suffix(suffix)):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.with_suffix(suffix).write_text(content, "utf-8", newline="\n")
+        write_text(target.with_suffix(suffix), content)
     console = Console(stderr=True)
     for warning in found.warnings:
         console.print(Text(f"warning: {visible(warning)}"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,20 +13,21 @@ from typing import Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from polar.cli.evaluation_tables import show
 from polar.cli.models import Model, open_model
+from polar.cli.progress import progress_bar
 from polar.client.engines import ServerType
 from polar.errors import InputError
 from polar.evaluation.baselines import baselines, library_versions
 from polar.evaluation.facts import commit, model_facts
-from polar.evaluation.manifest import Manifest, replace_file
+from polar.evaluation.manifest import Manifest
 from polar.evaluation.records import MODEL, WITHOUT_REFERENCE
 from polar.evaluation.run import evaluate as run
 from polar.evaluation.run import planned
 from polar.evaluation.suites import Dataset, ReferenceSource, Suite, read_suite
 from polar.evaluation.summary import SUMMARY, summarise
+from polar.files import write_json
 from polar.reading import OnBadRow
 from polar.template import BUNDLED_NAME
 from polar.version import __version__
@@ -132,7 +132,7 @@ def evaluate(
             max_length=max_length,
             max_response_length=max_response_length,
         )
-    with opened as rewarding, TemporaryDirectory(prefix="polar-eval-") as temporary, _progress() as progress:
+    with opened as rewarding, TemporaryDirectory(prefix="polar-eval-") as temporary, progress_bar() as progress:
         own = [] if rewarding is None else [MODEL, *([WITHOUT_REFERENCE] if without_reference else [])]
         manifest = Manifest(
             polar=__version__,
@@ -166,7 +166,7 @@ def evaluate(
         )
         summary = summarise(directory)
         content = {"scorers": manifest.scorers, **asdict(summary)}
-        replace_file(directory / SUMMARY, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_json(directory / SUMMARY, content)
     console = Console()
     if not console.is_terminal:
         console.width = 160  # a file has no width, and the tables fit into this one
@@ -202,10 +202,3 @@ def _suite(
         for place, path in enumerate(preferences)
     ]
     return Suite(datasets=tuple(datasets))
-
-
-def _progress() -> Progress:
-    """Progress on stderr; it shows itself only on a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)

@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
+from polar.cli.progress import progress_bar
 from polar.corpus import pair as pairing
 from polar.corpus.pair import PairReport
 from polar.corpus.strategies import Strategy, read_lineages
@@ -81,7 +81,7 @@ def pair(
     """
     read, report = ReadReport(), PairReport()
     console = Console(stderr=True)
-    with open_writer(output) as writer, Progress(console=console, disable=not console.is_terminal) as progress:
+    with open_writer(output) as writer, progress_bar(console) as progress:
         triples = pairing.pair(
             progress.track(_trajectories(inputs, on_bad_row, read), description="reading"),
             per_prompt=per_prompt,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,15 +12,16 @@ from typing import Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from scipy.stats import kendalltau, spearmanr
 
+from polar.cli.progress import progress_bar
 from polar.client.client import AsyncRewardModelClient
 from polar.client.engines import ServerType
 from polar.client.errors import EngineError, RewardError
 from polar.client.servers import Limits
 from polar.errors import InputError
+from polar.files import write_json
 from polar.model.reward_model import RewardModel
 from polar.reading import read_groups, read_triples
 from polar.records import Group
@@ -112,7 +112,7 @@ def parity(
     sequences = [ids for one in encoded for ids in one.sequences()]
     limits = Limits(concurrency=concurrency, deadline=deadline)
     served, seconds, refusal = asyncio.run(_ask(model, address, engine, limits, sequences))
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("scoring here", total=len(sequences))
         expected = list(
             chain.from_iterable(local.score_encoded(encoded, progress=lambda count: progress.advance(task, count)))
@@ -170,7 +170,7 @@ async def _ask(
     unproven = AsyncRewardModelClient(model, server_address=address, server_type=engine, limits=limits, probe=False)
     async with unproven as client:
         await client.connect()
-        with _progress() as progress:
+        with progress_bar() as progress:
             task = progress.add_task("scoring there", total=len(sequences))
             started = time.perf_counter()
             try:
@@ -178,12 +178,6 @@ async def _ask(
             except RewardError as error:
                 raise InputError(f"{address}: {error}") from error
             return rewards, time.perf_counter() - started, refusal
-
-
-def _progress() -> Progress:
-    """Progress on stderr; it shows itself only on a terminal."""
-    console = Console(stderr=True)
-    return Progress(console=console, disable=not console.is_terminal, transient=True)
 
 
 def _table(found: Parity, tolerance: float) -> Table:
@@ -202,7 +196,4 @@ def _save(
 ) -> None:
     rewards = [{"server": a, "local": b} for a, b in zip(served, expected, strict=True)]
     content = {"polar": __version__, **settings, **asdict(found), "rewards": rewards}
-    try:
-        path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error})") from error
+    write_json(path, content)

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
-from rich.progress import track
 
+from polar.cli.progress import progress_bar
 from polar.corpus.prompts import load_tokenizer, prefixes
 from polar.errors import InputError
 from polar.fields import string_at
@@ -54,10 +53,9 @@ def prompts(
                 read += 1
                 yield string_at(row, column)
 
-    console = Console(stderr=True)
     cuts = prefixes(documents(), load_tokenizer(tokenizer), max_tokens=max_tokens, seed=seed)
-    with open_writer(output) as writer:
-        for text in track(cuts, "cutting", console=console, disable=not console.is_terminal, transient=True):
+    with open_writer(output) as writer, progress_bar() as progress:
+        for text in progress.track(cuts, description="cutting"):
             writer.write({"prompt": text, "wrapper": "pretrain"})
             written += 1
         if not written:

@@ -16,7 +16,8 @@ from rich.text import Text as Cell
 
 from polar import formats
 from polar.cli.models import Model, open_model
-from polar.cli.score import WINDOW, Verbatim, progress_bar
+from polar.cli.progress import progress_bar
+from polar.cli.score import WINDOW, Verbatim
 from polar.client.engines import ServerType
 from polar.errors import InputError
 from polar.fields import Row, as_text

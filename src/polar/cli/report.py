@@ -9,13 +9,13 @@ from typing import Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
-from rich.progress import track
 from rich.text import Text
 
+from polar.cli.progress import progress_bar
 from polar.corpus.page import page, visible
 from polar.corpus.statistics import Sample, read_samples, statistics
+from polar.files import on_disk, write_text
 from polar.reading import OnBadRow, ReadReport
-from polar.writing import on_disk
 
 
 def report(
@@ -47,13 +47,11 @@ def report(
     with on_disk(output):
         directory.mkdir(parents=True, exist_ok=True)
     read = ReadReport()
-    samples = track(
-        _samples(inputs, on_bad_row, read), "reading", console=console, disable=not console.is_terminal, transient=True
-    )
-    found = statistics(samples, seed=seed, report=read)
-    with on_disk(output):
-        (directory / "report.json").write_text(found.to_json(), "utf-8", newline="\n")
-        (directory / "report.html").write_text(page(found), "utf-8", newline="\n")
+    with progress_bar(console) as progress:
+        samples = progress.track(_samples(inputs, on_bad_row, read), description="reading")
+        found = statistics(samples, seed=seed, report=read)
+    write_text(directory / "report.json", found.to_json())
+    write_text(directory / "report.html", page(found))
     overview = found.overview
     sys.stderr.write(
         f"{overview.trajectories:,} trajectories of {overview.policies:,} policies for {overview.prompts:,} prompts\n"

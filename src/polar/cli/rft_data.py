@@ -9,15 +9,14 @@ from typing import Annotated, Literal, NoReturn
 
 from cyclopts import Parameter
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from polar.cli.sample import sampling_bar
+from polar.cli.progress import progress_bar
 from polar.corpus.sample import SampleReport
 from polar.errors import InputError
+from polar.files import on_disk
 from polar.rft.data import DataReport, Reading, first_examples, read_tasks, write_tasks
 from polar.rft.layouts import Framework
 from polar.rft.references import Asking, ask_for_references, with_references
-from polar.writing import on_disk
 
 
 def rft_data(
@@ -116,8 +115,7 @@ def rft_data(
         tasks = with_references(tasks, directory, report)
     elif references_model or references_key_env or references_dir:
         _needed("references_from", "the server to ask")
-    columns = (TextColumn("{task.description} {task.completed:,}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    with progress_bar(console) as progress:
         bar = progress.add_task("writing", total=None)
         write_tasks(
             tasks,
@@ -143,8 +141,8 @@ def _ask(reading: Reading, directory: Path, asking: Asking, console: Console) ->
     if "-" in reading.paths:
         raise InputError("references_from needs files, because they are read twice; found - (stdin)")
     tasks = read_tasks(reading, DataReport())  # they are counted when they are read again
-    with sampling_bar(console) as progress:
-        bar = progress.add_task("references", total=None, speed="")
+    with progress_bar(console) as progress:
+        bar = progress.add_task("references", total=None)
 
         def begin(report: SampleReport) -> None:
             progress.reset(bar, total=report.expected - report.found)

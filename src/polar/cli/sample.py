@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from polar.cli.progress import progress_bar
 from polar.corpus import engines
 from polar.corpus import sample as sampling
 from polar.corpus.engines import cluster
@@ -98,8 +98,8 @@ def sample(
     else:
         open_engine = cluster.open_on_cluster
         cluster.connect(ray)
-    with sampling_bar(console) as progress:
-        task = progress.add_task("sampling", total=None, speed="")
+    with progress_bar(console) as progress:
+        task = progress.add_task("sampling", total=None)
         spent = Totals()
 
         def begin(report: SampleReport) -> None:
@@ -110,7 +110,7 @@ def sample(
             spent += totals
             progress.update(task, advance=totals.samples)
             rate = progress.tasks[0].finished_speed or progress.tasks[0].speed or 0
-            progress.update(task, speed=f"{rate:,.1f}/s, {_tokens(spent)}")
+            progress.update(task, description=f"sampling ({rate:,.1f}/s, {_tokens(spent)})")
 
         report = sampling.sample(
             plan,
@@ -127,13 +127,6 @@ def sample(
     if shortfall := report.shortfall():
         raise InputError(f"{output}: {shortfall}")
     sys.stderr.write(f"wrote {report.manifest['totals']['samples']} samples to {output}\n")
-
-
-def sampling_bar(console: Console) -> Progress:
-    """Progress of samples on stderr, with a field "speed"; it shows itself only on a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    more = (TimeRemainingColumn(), TextColumn("{task.fields[speed]}"))
-    return Progress(*columns, *more, console=console, disable=not console.is_terminal, transient=True)
 
 
 def _tokens(totals: Totals) -> str:

@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text as Cell
 
 from polar.cli.models import Model, open_model
+from polar.cli.progress import progress_bar
 from polar.client.engines import ServerType
 from polar.errors import InputError
 from polar.model.calibration import Scale, scaling, with_reference
@@ -187,13 +188,6 @@ def _explained(number: int, inputs: Sequence[EncodedGroup], rewards: Sequence[Se
         "cut_output": sum(cut.output for cut in cuts),
         "by_reference": [each[number] for each in rewards],
     }
-
-
-def progress_bar() -> Progress:
-    """Progress on stderr; it shows itself only on a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
 def _table(rows: Iterable[tuple[Group, dict[str, Any]]], explain: bool) -> Table:

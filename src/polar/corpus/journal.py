@@ -7,7 +7,7 @@
       _job/prompts.parquet   the prompts, one row group per shard
       _job/parts/00001/      results of the batches of a shard that is not complete
 
-Every file appears by a rename, so that none is ever half there. A part holds the results of one batch. A shard is
+Every file appears complete (`polar.files`). A part holds the results of one batch. A shard is
 written when all its batches are settled, and its footer says how many of its samples are missing: it is complete when
 that is none, and its parts go away. Readers of a corpus skip names that begin with an underscore.
 """
@@ -18,7 +18,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,8 +33,9 @@ from polar.corpus.engines import Completion
 from polar.corpus.plan import Batch
 from polar.corpus.prompts import Prompt
 from polar.errors import InputError
+from polar.files import new_file, on_disk, write_json
 from polar.records import Message, Wrapper
-from polar.writing import on_disk, text_cell
+from polar.writing import text_cell
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ class Journal:
         file = self._part(batch)
         with on_disk(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-        _write(file, pa.Table.from_pylist(rows, PART))
+        _write(file, pa.Table.from_pylist(rows, PART), sync=False)  # there are many, and a torn one is drawn again
 
     def finish(self, shard: int, batches: Iterable[Batch]) -> None:
         """Write the file of a shard from its parts; the parts go away if no sample is missing.
@@ -197,9 +197,7 @@ class Journal:
                 per_policy[policy.name] = per_policy.get(policy.name, Totals()) + Totals.of(result)
         summary = {"missing": missing, "policies": {name: asdict(totals) for name, totals in per_policy.items()}}
         schema = SHARD.with_metadata({SUMMARY: json.dumps(summary).encode()})
-        _write(
-            self.shard_file(shard), pa.Table.from_pylist([columns[row] for row in sorted(columns)], schema), sync=True
-        )
+        _write(self.shard_file(shard), pa.Table.from_pylist([columns[row] for row in sorted(columns)], schema))
         if not missing:
             self._remove_parts(shard)
 
@@ -271,6 +269,8 @@ def open_journal(
     except Timeout as error:
         raise InputError(f"{directory}: another polar sample is writing there; wait for it, or stop it") from error
     try:
+        for leftover in (*directory.glob(".*.tmp"), *job.rglob(".*.tmp")):  # of a run that was killed
+            leftover.unlink()
         _begin(job, prompts, {**identity, "shard_prompts": shard_prompts}, shard_prompts)
         yield Journal(directory)
     finally:
@@ -345,30 +345,12 @@ class _Prompts:
 
 @contextlib.contextmanager
 def _prompt_writer(file: Path, size: int) -> Iterator[_Prompts]:
-    temporary = file.with_suffix(".tmp")
-    with on_disk(file), pq.ParquetWriter(temporary, PROMPTS, compression="zstd") as writer:
+    with new_file(file) as stream, on_disk(file), pq.ParquetWriter(stream, PROMPTS, compression="zstd") as writer:
         prompts = _Prompts(writer, size)
         yield prompts
         prompts.flush()
-    temporary.replace(file)
 
 
-def _write(file: Path, table: pa.Table, *, sync: bool = False) -> None:
-    temporary = file.with_suffix(".tmp")
-    try:
-        with on_disk(file), temporary.open("wb") as stream:
-            pq.write_table(table, stream, compression="zstd")
-            if sync:
-                stream.flush()
-                os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(file: Path, value: object) -> None:
-    """Write JSON for people and programs, so that the file is never half there."""
-    temporary = file.with_suffix(".tmp")
-    with on_disk(file):
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        temporary.replace(file)
+def _write(file: Path, table: pa.Table, *, sync: bool = True) -> None:
+    with new_file(file, sync=sync) as stream, on_disk(file):
+        pq.write_table(table, stream, compression="zstd")

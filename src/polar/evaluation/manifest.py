@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from polar.errors import InputError
+from polar.files import write_text
 from polar.references import Aggregate
-from polar.writing import on_disk
 
 Task = Literal["policy discrimination", "preference accuracy", "verifiable correctness", "best of N", "sensitivity"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -109,7 +108,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     Raises:
         InputError: the disk refuses it.
     """
-    replace_file(directory / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+    write_text(directory / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
 
 
 def read_manifest(directory: str | Path) -> Manifest:
@@ -127,15 +126,3 @@ def read_manifest(directory: str | Path) -> Manifest:
         ) from error
     except (OSError, ValidationError) as error:
         raise InputError(f"{path}: cannot be read as a manifest: {' '.join(str(error).split())[:300]}") from error
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a text file that appears only when it is complete.
-
-    Raises:
-        InputError: the disk refuses it.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with on_disk(path):
-        temporary.write_text(text, "utf-8")
-        temporary.replace(path)

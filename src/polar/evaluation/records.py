@@ -27,7 +27,6 @@ order of `Manifest.scorers`, each a list of numbers. With DuckDB:
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -38,7 +37,7 @@ import pyarrow.parquet as pq
 
 from polar.errors import InputError
 from polar.evaluation.manifest import Task, read_manifest
-from polar.writing import on_disk
+from polar.files import new_file, on_disk
 
 MODEL = "model"
 """The model's name among the scorers; the others are baselines."""
@@ -154,12 +153,8 @@ def write_shard(path: Path, records: Sequence[Record], scorers: Sequence[str], f
     """
     table = pa.Table.from_pylist(list(map(asdict, records)), schema=schema(scorers))
     table = table.replace_schema_metadata({"items": fingerprint})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with on_disk(path):
-        with temporary.open("wb") as file:
-            pq.write_table(table, file, compression="zstd")
-            os.fsync(file.fileno())
-        temporary.replace(path)
+    with new_file(path) as file, on_disk(path):
+        pq.write_table(table, file, compression="zstd")
 
 
 def shard_fingerprint(path: Path) -> str | None:

@@ -24,11 +24,11 @@ from polar.evaluation.records import (
 )
 from polar.evaluation.suites import Dataset, Suite
 from polar.evaluation.tasks import read_items
+from polar.files import on_disk
 from polar.reading import OnBadRow, ReadReport
 from polar.records import Group, text_of
 from polar.references import aggregated
 from polar.template import Template
-from polar.writing import on_disk
 
 Progress = Callable[[int], object]
 

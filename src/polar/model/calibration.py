@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 import numpy as np
@@ -26,12 +24,12 @@ import numpy.typing as npt
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from polar import formats
-from polar.errors import InputError
+from polar.errors import InputError, first_mistake
 from polar.fields import Row
+from polar.files import new_directory, on_disk, write_json
 from polar.reading import OnBadRow, ReadReport, rows
 from polar.records import Group, Preference
 from polar.template import BUNDLED_NAME, CHECKPOINT_FILE, read_checkpoint_file
-from polar.writing import on_disk
 
 Scale = Literal["raw", "zscore", "probability"]
 """raw: the reward. zscore: (reward - mean) / std. probability: that the answer would be preferred to the reference."""
@@ -86,11 +84,9 @@ def read_calibration(directory: Path) -> Calibration | None:
     try:
         return TypeAdapter(Calibration).validate_json(json.dumps(values))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(["calibration", *map(str, first["loc"])])
         raise InputError(
             f'{directory / CHECKPOINT_FILE}: calibration: expected {{"mean": a number, "std": a positive number, ...}} '
-            f"as `polar calibrate` writes it; {place}: {first['msg']}"
+            f"as `polar calibrate` writes it; found a mistake in {first_mistake(error)}"
         ) from error
 
 
@@ -217,16 +213,7 @@ def save_calibration(directory: Path, calibration: Calibration) -> None:
         InputError: there is no checkpoint, or it cannot be written.
     """
     content = {**read_checkpoint_file(directory), "calibration": asdict(calibration)}
-    temporary = directory / f".{CHECKPOINT_FILE}.{os.getpid()}.tmp"
-    try:
-        with on_disk(directory / CHECKPOINT_FILE):
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(directory / CHECKPOINT_FILE)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json(directory / CHECKPOINT_FILE, content)
 
 
 def save_calibrated_copy(source: Path, target: Path, calibration: Calibration) -> None:
@@ -235,25 +222,11 @@ def save_calibrated_copy(source: Path, target: Path, calibration: Calibration) -
     Raises:
         InputError: the target is in use or cannot be written.
     """
-    require_new(target)
-    with on_disk(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-            written = Path(temporary) / "checkpoint"
-            written.mkdir()
-            for file in source.iterdir():
-                if file.is_file():  # the state of a training run stays where it is
-                    shutil.copyfile(file, written / file.name)
-            save_calibration(written, calibration)
-            if target.exists():
-                target.rmdir()
-            written.rename(target)
-
-
-def require_new(target: Path) -> None:
-    """Raise an `InputError` when a directory to be written holds something."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target}: exists already; choose a new directory")
+    with new_directory(target) as written, on_disk(target):
+        for file in source.iterdir():
+            if file.is_file():  # the state of a training run stays where it is
+                shutil.copyfile(file, written / file.name)
+        save_calibration(written, calibration)
 
 
 def require_own(model: str) -> None:

@@ -10,7 +10,6 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from polar.errors import InputError
+from polar.files import new_directory, require_new
 from polar.model.files import checkpoint_directory, find_shards, read_json, reason, write_json
 from polar.model.internlm2_layout import COUNTS, LAYER_NAMES, OUTER_NAMES, REWARD_MODEL, source_shapes
 from polar.template import Template, read_checkpoint_file
@@ -58,8 +58,7 @@ def export(source: str | Path, target: str | Path, engine: Engine) -> str:
             cannot be written.
     """
     target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target}: exists already; choose a new directory")
+    require_new(target)
     directory = checkpoint_directory(source)
     template = Template.load(directory)
     config = _read_config(directory, engine)
@@ -73,9 +72,7 @@ def export(source: str | Path, target: str | Path, engine: Engine) -> str:
     ours = read_checkpoint_file(directory)
     provenance = {**ours.get("provenance", {}), "exported": f"{engine}, polar {__version__}"}
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-            written = Path(temporary) / "checkpoint"
+        with new_directory(target) as written:
             kept = {name: ours[name] for name in ("probes", "calibration") if name in ours}  # the rewards are the same
             template.save(written, provenance=provenance, **kept)
             write_json(written / "config.json", exported)
@@ -86,9 +83,6 @@ def export(source: str | Path, target: str | Path, engine: Engine) -> str:
             _write_weights(tensors, written)
             if weights:  # what no tensor was made of
                 raise InputError(f"{directory}: unexpected tensor {min(weights)}; {engine} has no place for it")
-            if target.exists():
-                target.rmdir()
-            written.rename(target)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{target}: the checkpoint could not be written ({error})") from error
     return str(exported["architectures"][0])

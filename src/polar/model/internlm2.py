@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from polar.errors import InputError
+from polar.files import new_directory, require_new
 from polar.model.files import find_shards, local_directory, read_json, read_shard, write_json
 from polar.model.internlm2_layout import BASE_MODEL, map_config, map_tensor, source_shapes
 from polar.model.probes import write_probes
@@ -61,8 +61,7 @@ def convert(source: str | Path, target: str | Path) -> None:
             in use or cannot be written.
     """
     target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target}: exists already; choose a new directory")
+    require_new(target)
     directory = local_directory(source, SOURCE_FILES)
     config = read_json(directory / "config.json")
     llama = map_config(config, where=str(directory))
@@ -73,18 +72,13 @@ def convert(source: str | Path, target: str | Path) -> None:
     shapes = source_shapes(llama, architecture)
     shards = find_shards(directory)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-            written = Path(temporary) / "checkpoint"
+        with new_directory(target) as written:
             provenance = {"source": str(source), "architecture": architecture, "converter": f"polar {__version__}"}
             template.save(written, provenance=provenance)
             write_json(written / "config.json", llama)
             write_json(written / "tokenizer_config.json", tokenizer_config)
             _convert_weights(shards, written, shapes, llama)
             write_probes(written)
-            if target.exists():
-                target.rmdir()
-            written.rename(target)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{target}: the checkpoint could not be written ({error})") from error
 

@@ -1,0 +1,110 @@
+"""Files and directories that appear complete or not at all.
+
+They are written under a hidden name beside the target, which readers of directories skip, and renamed at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import IO
+
+from polar.errors import InputError
+
+
+@contextlib.contextmanager
+def on_disk(path: str | Path) -> Iterator[None]:
+    """Report what the operating system refuses (a full disk, a missing directory) as a fault of the given path.
+
+    Raises:
+        InputError: In place of an `OSError`.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # the reader of stdout went away, which is no mistake
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {' '.join((error.strerror or str(error)).split())}") from error
+
+
+@contextlib.contextmanager
+def new_file(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
+    """Open a file for bytes, which replaces what is at `path` when the block ends without an error.
+
+    Args:
+        path: The file.
+        sync: Wait until it is on the disk before it gets its name, so that a power failure leaves the old file or the
+            whole new one. Without it a power failure may leave half a file; a process that is killed never does.
+
+    Raises:
+        InputError: the disk refuses to begin or to end it; errors of the block are raised as they are.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with on_disk(path):
+        file = temporary.open("wb")
+    try:
+        yield file
+        with on_disk(path):
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+            file.close()
+            temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):  # closed already, or on a full disk, which refuses once more
+            file.close()
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, completely or not at all.
+
+    Raises:
+        InputError: the disk refuses it.
+    """
+    with new_file(path) as file, on_disk(path):
+        file.write(text.encode())
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON, indented, for people and programs, completely or not at all.
+
+    Raises:
+        InputError: the disk refuses it.
+    """
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """Make a directory to be filled, which appears at `target` when the block ends without an error.
+
+    Raises:
+        InputError: the target is in use, or the disk refuses it; errors of the block are raised as they are.
+    """
+    require_new(target)
+    with contextlib.ExitStack() as stack:
+        with on_disk(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            beside = stack.enter_context(TemporaryDirectory(dir=target.parent, prefix=f".{target.name}."))
+            written = Path(beside) / "new"
+            written.mkdir()
+        yield written
+        with on_disk(target):
+            if target.exists():
+                target.rmdir()
+            written.rename(target)
+
+
+def require_new(target: Path) -> None:
+    """Check that a directory to be written does not exist yet, or is empty.
+
+    Raises:
+        InputError: it holds something, or is a file.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target}: exists already; choose a new directory")
