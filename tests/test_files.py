@@ -32,9 +32,14 @@ def test_a_file_replaces_the_old_one_at_the_end(tmp_path: Path) -> None:
 def test_after_an_error_the_old_file_is_there_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "old")
-    with pytest.raises(OSError, match="of the block"), new_file(path) as file:
-        file.write(b"new")
-        raise OSError("of the block")
+
+    def write_half() -> None:
+        with new_file(path) as file:
+            file.write(b"new")
+            raise OSError("of the block")
+
+    with pytest.raises(OSError, match="of the block"):
+        write_half()
     assert (path.read_text(), names(tmp_path)) == ("old", ["a.txt"])
 
 
@@ -70,9 +75,14 @@ def test_a_directory_appears_when_it_is_filled(tmp_path: Path) -> None:
 def test_an_empty_directory_is_taken_and_stays_empty_after_an_error(tmp_path: Path) -> None:
     target = tmp_path / "new"
     target.mkdir()
-    with pytest.raises(ZeroDivisionError), new_directory(target) as written:
-        (written / "a").write_text("b")
-        raise ZeroDivisionError
+
+    def write_half() -> None:
+        with new_directory(target) as written:
+            (written / "a").write_text("b")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_half()
     assert (names(target), names(tmp_path)) == ([], ["new"])
     with new_directory(target) as written:
         (written / "a").write_text("b")

@@ -170,6 +170,17 @@ def test_killed_twenty_times_it_ends_with_the_undisturbed_corpus(tmp_path: Path)
     assert not any((tmp_path / "killed" / "_job" / "parts").iterdir())
 
 
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    run(tmp_path, open_engine=lambda policy: SeededEngine(policy, failing=0.5))
+    part = next((tmp_path / "_job" / "parts").rglob("*.parquet"))
+    left = [tmp_path / ".shard-00000.parquet.1.tmp", tmp_path / "_job" / ".job.json.1.tmp", part.with_name(".a.1.tmp")]
+    for file in left:
+        file.write_bytes(b"PAR1")
+    run(tmp_path)
+    assert not any(file.exists() for file in left)
+    assert files(tmp_path) == undisturbed
+
+
 def start(directory: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.corpus.sampling", str(directory)]
     return subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)

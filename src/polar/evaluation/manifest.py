@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from polar.errors import InputError
+from polar.errors import InputError, first_mistake
 from polar.files import write_text
 from polar.references import Aggregate
 
@@ -124,5 +124,7 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise InputError(
             f"{directory}: no {MANIFEST}; expected a directory that `polar eval --output` wrote"
         ) from error
-    except (OSError, ValidationError) as error:
-        raise InputError(f"{path}: cannot be read as a manifest: {' '.join(str(error).split())[:300]}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    except ValidationError as error:
+        raise InputError(f"{path}: cannot be read as a manifest: {first_mistake(error)}") from error
