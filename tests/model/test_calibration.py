@@ -150,19 +150,19 @@ def test_the_bundled_model_is_not_written_to(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("values", "place"),
     [
-        ({"mean": 1}, "calibration.std"),
-        ({"mean": 1, "std": 0}, "calibration.std"),
-        ({"mean": math.nan, "std": 1}, "calibration.mean"),
-        ({"mean": True, "std": 1}, "calibration.mean"),
-        ({"mean": 1, "std": 1, "temperature": -1}, "calibration.temperature"),
-        ({"mean": 1, "std": 1, "temprature": 1}, "calibration.temprature"),
-        ([1, 2], "calibration"),
+        ({"mean": 1}, "std: "),
+        ({"mean": 1, "std": 0}, "std: "),
+        ({"mean": math.nan, "std": 1}, "mean: "),
+        ({"mean": True, "std": 1}, "mean: "),
+        ({"mean": 1, "std": 1, "temperature": -1}, "temperature: "),
+        ({"mean": 1, "std": 1, "temprature": 1}, "temprature: "),
+        ([1, 2], "Input should be"),
     ],
 )
 def test_a_calibration_that_is_none_is_refused_by_name(checkpoint: Path, values: object, place: str) -> None:
     content = {**read_checkpoint_file(checkpoint), "calibration": values}
     (checkpoint / "polar.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=rf"polar\.json: calibration: expected .*; {place}: "):
+    with pytest.raises(InputError, match=rf"polar\.json: calibration: expected .*; {place}"):
         RewardModel.load(checkpoint)
 
 

@@ -86,7 +86,7 @@ def read_calibration(directory: Path) -> Calibration | None:
     except ValidationError as error:
         raise InputError(
             f'{directory / CHECKPOINT_FILE}: calibration: expected {{"mean": a number, "std": a positive number, ...}} '
-            f"as `polar calibrate` writes it; found a mistake in {first_mistake(error)}"
+            f"as `polar calibrate` writes it; {first_mistake(error)}"
         ) from error
 
 
