@@ -7,19 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import GPTNeoXConfig, GPTNeoXForSequenceClassification
 
 from polar import RewardModel
 from polar.model.attention import segment_table
-from polar.model.blocks import QUERIES, STEP, block_attention, row_blocks
-from polar.model.products import few_lengths
+from polar.model.blocks import QUERIES, STEP, Blocks, block_attention, row_blocks
+from polar.model.products import few_lengths, multiplies_bfloat16
 from polar.model.tree import rewards, tree_batch
 from polar.template import EncodedGroup
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
 # oneDNN multiplies bfloat16 from AVX-512 on, and products by blocks are only asked for there.
-DTYPES = [torch.float32, *([torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else [])]
+DTYPES = [torch.float32, *([torch.bfloat16] if multiplies_bfloat16() else [])]
 
 
 def group(prefix: int, *branches: int) -> EncodedGroup:
@@ -92,25 +91,19 @@ def test_rewards_are_those_of_separate_sequences(reward_model: RewardModel, grou
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
 
 
-def test_an_architecture_whose_heads_all_have_keys_of_their_own() -> None:
-    config = GPTNeoXConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        num_labels=1,
-    )
-    torch.manual_seed(0)
-    model = GPTNeoXForSequenceClassification(config).eval()
-    groups = [group(40, 1, 130, 2), group(0, 8, 3)]
-    sequences = [ids for one in groups for ids in one.sequences()]
-    with torch.inference_mode():
-        expected = [model(torch.tensor([ids])).logits.item() for ids in sequences]
-        found = rewards(model, tree_batch(groups, in_blocks=True))
-    assert found.tolist() == pytest.approx(expected, abs=1e-4)
+def test_layers_may_have_different_heads_and_values_of_another_width() -> None:
+    batch = tree_batch([group(7, 5, 40), group(0, 9)])
+    tokens = batch.ids_1T.shape[1]
+    mask = dense_mask([tuple(line) for line in batch.table_11S4[0, 0].tolist()], tokens)
+    blocks = Blocks(batch.table_11S4, tokens, last_only_at={tokens - 1})
+    for heads, key_heads, last in [(4, 2, False), (4, 1, False), (6, 6, False), (4, 2, True)]:
+        query, key = torch.randn(1, heads, tokens, 16), torch.randn(1, key_heads, tokens, 16)
+        value = torch.randn(1, key_heads, tokens, 8)
+        with torch.inference_mode():
+            found = block_attention(query, key, value, blocks.of(heads, key_heads, last=last), None).transpose(1, 2)
+            expected = scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+        read = slice(tokens - 1 if last else 0, tokens)
+        assert torch.allclose(found[:, :, read], expected[:, :, read], atol=1e-5)
 
 
 def test_blocks_have_few_shapes() -> None:

@@ -1,15 +1,19 @@
 """The last layer is computed only where rewards are read; rewards stay the same, also for threads beside it."""
 
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 
-from polar import RewardModel
+from polar import RewardModel, Template
 from polar.model.last_layer import last_layer_only_at
 from polar.model.products import few_lengths
 from polar.model.tree import rewards, tree_batch
 from polar.template import EncodedGroup
+from tests.conftest import ARCHITECTURES, build_model
 
 GROUPS = [EncodedGroup(list(range(10, 40)), [[50, 51, 52], [60] * 70], []), EncodedGroup([], [[7, 8, 9]], [])]
 
@@ -36,13 +40,30 @@ def test_fewer_rows_are_computed_and_rewards_are_the_same(reward_model: RewardMo
     assert torch.equal(found[0], found[2])
 
 
-def test_threads_do_not_see_each_others_rows(reward_model: RewardModel) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_threads_do_not_see_each_others_rows(
+    architecture: str, template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a model that nobody has used before, so that whatever its first use sets up is set up by threads at once."""
     loads = [[EncodedGroup(list(range(9, 9 + length)), [[5] * length, [6, 7]], [])] for length in range(2, 40)]
-    expected = [reward_model.score_encoded(load) for load in loads]
+    fresh, other = (build_model(architecture, template) for _ in range(2))
+    begin = threading.Barrier(4)
+    register = torch.nn.Module.register_forward_pre_hook
+
+    def slowly(part: torch.nn.Module, hook: Any, **kwargs: Any) -> Any:
+        """Whoever found that a hook is missing is overtaken by another thread before it adds one."""
+        time.sleep(0.05)
+        return register(part, hook, **kwargs)
+
+    def score(loads: list[list[EncodedGroup]]) -> list[list[list[float]]]:
+        begin.wait(10)
+        return [fresh.score_encoded(load) for load in loads]
+
+    monkeypatch.setattr(torch.nn.Module, "register_forward_pre_hook", slowly)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(reward_model.score_encoded, loads))
-    for own, others in zip(expected, found, strict=True):
-        assert own[0] == pytest.approx(others[0], abs=1e-5)
+        found = list(pool.map(score, [loads[number::4] for number in range(4)]))
+    for number, load in enumerate(loads):
+        assert found[number % 4][number // 4][0] == pytest.approx(other.score_encoded(load)[0], abs=1e-5)
 
 
 def test_numbers_of_places_are_few_where_every_new_shape_costs(reward_model: RewardModel) -> None:

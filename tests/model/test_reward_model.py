@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from polar import Comparison, Group, InputError, RewardModel
+from polar import Comparison, Group, InputError, RewardModel, Template
 from polar.model.tree import rewards, tree_batch
 from polar.template import CHECKPOINT_FILE, EncodedGroup
+from tests.conftest import build_model
 
 COMPARISONS = [
     Comparison("What is the capital of China?", "Beijing.", "It is Beijing."),
@@ -129,6 +130,50 @@ def test_missing_layer_is_refused(checkpoint: Path) -> None:
     edit_weights(checkpoint, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(InputError, match=r"weights are missing.*layers\.1\.mlp\.up_proj"):
         RewardModel.load(checkpoint)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_bias_that_the_model_would_ignore_is_refused(architecture: str, template: Template, tmp_path: Path) -> None:
+    model = build_model(architecture, template)
+    model.save(tmp_path / "model")
+    edit_weights(tmp_path / "model", lambda weights: weights.update({"score.bias": torch.zeros(1)}))
+    assert RewardModel.load(tmp_path / "model").score(COMPARISONS) == pytest.approx(model.score(COMPARISONS), abs=1e-6)
+    edit_weights(tmp_path / "model", lambda weights: weights.update({"score.bias": torch.tensor([1.5])}))
+    with pytest.raises(InputError, match=r"score\.bias is \[1\.5\], but .* no bias"):
+        RewardModel.load(tmp_path / "model")
+
+
+def test_weights_that_the_model_has_no_place_for_are_refused(checkpoint: Path, llama: RewardModel) -> None:
+    edit_weights(checkpoint, lambda weights: weights.update({"lm_head.weight": torch.zeros(4, 4)}))
+    assert RewardModel.load(checkpoint).score(COMPARISONS) == pytest.approx(llama.score(COMPARISONS), abs=1e-6)
+    edit_json(checkpoint / "config.json", num_hidden_layers=1)
+    with pytest.raises(InputError, match=r"no place for the weights model\.layers\.1"):
+        RewardModel.load(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("quantised", "method"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "compressed-tensors", "config_groups": {}}, "compressed-tensors"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
+    ],
+)
+def test_quantised_weights_are_refused(checkpoint: Path, quantised: dict[str, object], method: str) -> None:
+    edit_json(checkpoint / "config.json", quantization_config=quantised)
+    with pytest.raises(InputError, match=rf"the weights are quantised \({method}\)") as error:
+        RewardModel.load(checkpoint)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("pad", [-1, 99_999])
+def test_a_pad_token_outside_the_vocabulary_is_refused(checkpoint: Path, pad: int) -> None:
+    edit_json(checkpoint / "config.json", pad_token_id=pad)
+    with pytest.raises(InputError, match=r"pad_token_id is -1|Padding_idx must be within") as error:
+        RewardModel.load(checkpoint)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -15,7 +15,9 @@ from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from polar import InputError, RewardModel
 from polar.model import attention, row_attention, tree
-from polar.model.attention import TREE_ATTENTION, block_mask, segment_table, tree_attention
+from polar.model.attention import TREE_ATTENTION, block_mask, segment_table, tree_attention, varlen_arguments
+from polar.model.backbone import prepare
+from polar.model.blocks import Blocks
 from polar.model.reward_model import _rows
 from polar.model.tree import rewards, row_length, tree_batch
 from polar.template import EncodedGroup
@@ -243,7 +245,9 @@ def sliding(window: int) -> Qwen2ForSequenceClassification:
         num_labels=1,
         initializer_range=0.3,
     )
-    return Qwen2ForSequenceClassification(config).eval()
+    model = Qwen2ForSequenceClassification(config).eval()
+    prepare(model)
+    return model
 
 
 def test_a_sliding_window_is_refused_only_where_it_would_matter() -> None:
@@ -257,11 +261,17 @@ def test_a_sliding_window_is_refused_only_where_it_would_matter() -> None:
 
 
 @pytest.mark.parametrize("more", ["softcap", "s_aux", "position_bias"])
-def test_attention_with_more_than_scaled_products_is_refused(more: str) -> None:
+@pytest.mark.parametrize("form", ["table", "flash-attn", "blocks", "single sequence"])
+def test_attention_with_more_than_scaled_products_is_refused(more: str, form: str) -> None:
     query, key, value = random_heads(5)
     table = segment_table([(0, 0, 0, 2), (0, 2, 2, 5)])
+    forms: dict[str, dict[str, Any]] = {
+        "flash-attn": varlen_arguments(table, torch.device("cpu")),
+        "blocks": {"blocks": Blocks(table, 5)},
+    }
+    mask = None if form == "single sequence" else table
     with pytest.raises(InputError, match=more):
-        tree_attention(torch.nn.Identity(), query, key, value, table, **{more: SimpleNamespace()})
+        tree_attention(torch.nn.Identity(), query, key, value, mask, **{more: SimpleNamespace()}, **forms.get(form, {}))
 
 
 @pytest.mark.parametrize("budget", [1, 10, 40, 1000])

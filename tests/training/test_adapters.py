@@ -303,6 +303,7 @@ UP = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
         (change_weights(lambda weights: weights.update(more=weights[HEAD].clone())), r"not for this base \(more\)"),
         (change_weights(lambda weights: weights[HEAD].fill_(float("nan"))), r"score\.weight holds NaN"),
         (change_config(modules_to_save=None), "not for this base"),
+        (change_config(peft_type="IA3"), "adapter of type IA3; expected LORA"),
         (change_config(r=8), "wrong shape"),
         (change_config(base_model_name_or_path="/gone/base"), r"base model of this adapter cannot be had.*/gone/base"),
         (change_config(base_model_name_or_path=None), "base_model_name_or_path is None"),

@@ -13,9 +13,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from polar import BUNDLED_MODEL, Comparison, InputError, Preference, RewardModel, Template, Triple
+from polar import BUNDLED_MODEL, Comparison, Group, InputError, Preference, RewardModel, Template, Triple
 from polar.training.batches import Collator, examples_from_preferences, examples_from_triples
 from polar.training.checkpoints import COMPLETE, newest_complete
 from polar.training.config import FinetuneConfig, PretrainConfig
@@ -278,6 +284,45 @@ def test_finetuning_a_reward_model(checkpoint: Path, tmp_path: Path) -> None:
 
     assert margin(tuned) > max(0.0, margin(before))
     assert tuned.template.settings == before.template.settings
+
+
+def test_a_backbone_with_a_recurrent_state_is_trained_on_what_its_sequences_give(
+    llama: RewardModel, tmp_path: Path
+) -> None:
+    kind = {"num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    jamba = AutoConfig.for_model(
+        "jamba", **kind, **sizes, vocab_size=512, pad_token_id=0, num_labels=1, mamba_d_state=8, initializer_range=0.3
+    )
+    network = AutoModelForSequenceClassification.from_config(jamba, attn_implementation="eager").eval()
+    network.score.weight.data.normal_()
+    RewardModel(network, llama.tokenizer, llama.template).save(tmp_path / "start")
+    rows = [
+        {"prompt": f"Question {n}?", "reference": "fox", "chosen": f"fox {n}", "rejected": f"{n} sea tree"}
+        for n in range(8)
+    ]
+
+    def loss(directory: Path) -> float:
+        """Of all rows, by transformers alone and one sequence at a time."""
+        model = AutoModelForSequenceClassification.from_pretrained(directory, attn_implementation="eager")
+        margins = []
+        for row in rows:
+            group = Group(row["prompt"], row["reference"], (row["chosen"], row["rejected"]))
+            with torch.no_grad():
+                sequences = llama.template.encode_group(group).sequences()
+                chosen, rejected = (model(torch.tensor([ids])).logits.item() for ids in sequences)
+            margins.append(chosen - rejected)
+        return float(torch.nn.functional.softplus(-torch.tensor(margins)).mean())
+
+    data = write_jsonl(tmp_path / "preferences.jsonl", rows)
+    start, output = str(tmp_path / "start"), str(tmp_path / "rm")
+    settings = {"data": [data], "eval_data": [data], "max_steps": 1, "batch_size": 8, "learning_rate": 1e-4}
+    tuned = finetune(FinetuneConfig(model=start, output=output, **settings))
+    metrics = tuned.provenance["training"]["metrics"]
+    assert metrics["train_loss"] == pytest.approx(loss(tmp_path / "start"), abs=1e-4)
+    assert metrics["eval_loss"] == pytest.approx(loss(tmp_path / "rm"), abs=1e-4)
+    assert metrics["eval_loss"] < metrics["train_loss"]
 
 
 @pytest.mark.parametrize("with_pad", [True, False])

@@ -97,6 +97,11 @@ def merge_adapter(base: Any, directory: Path, tokenizer: PreTrainedTokenizerBase
     """
     from peft import LoraConfig, LoraModel, get_peft_model_state_dict, set_peft_model_state_dict
 
+    kind = read_json(directory / ADAPTER_CONFIG).get("peft_type")
+    if kind != "LORA":
+        raise InputError(
+            f"{directory}: is an adapter of type {kind}; expected LORA (merge it with peft, then load that)"
+        )
     dtype = base.dtype
     if getattr(base, "is_loaded_in_4bit", False):
         base = base.dequantize(dtype)

@@ -16,6 +16,7 @@ Shape legend: S segments, T tokens of the row, H heads, D dimensions of a head.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from polar.errors import InputError
-from polar.model.blocks import RowBlocks, block_attention
+from polar.model.blocks import Blocks, block_attention
 from polar.model.row_attention import RowAttention, fits
 
 TREE_ATTENTION = "polar_tree"
@@ -53,7 +54,15 @@ def block_mask(table_11S4: Tensor, device: torch.device) -> BlockMask:
         return own | ((key >= first_T[query]) & (key < last_T[query]))
 
     tokens = start_T.shape[0]
-    return create_block_mask(sees, None, None, tokens, tokens, device=str(device), _compile=device.type == "cuda")
+    create = _compiled_block_mask() if device.type == "cuda" else create_block_mask
+    return create(sees, None, None, tokens, tokens, device=str(device))
+
+
+@cache
+def _compiled_block_mask() -> Callable[..., BlockMask]:
+    """Uncompiled, a mask of all tokens by all tokens would be made first."""
+    compiled: Callable[..., BlockMask] = torch.compile(create_block_mask)
+    return compiled
 
 
 def has_flex_attention(device: torch.device) -> bool:
@@ -115,22 +124,20 @@ def tree_attention(
     Raises:
         InputError: The model needs more than scaled products (soft caps, sinks, position biases).
     """
+    if unknown := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
+        raise InputError(f"{type(module).__name__}: attention with {', '.join(unknown)} cannot be computed in rows")
     if "seen_K" in kwargs:
         return _flash_attention(query_1HTD, key_1HTD, value_1HTD, dropout, scaling, **kwargs), None
-    blocks: tuple[RowBlocks, RowBlocks] | None = kwargs.pop("blocks", None)
+    blocks: Blocks | None = kwargs.pop("blocks", None)
     more = {"dropout": dropout, "scaling": scaling, **kwargs}
     if isinstance(attention_mask, BlockMask):
         return _library("flex_attention")(module, query_1HTD, key_1HTD, value_1HTD, attention_mask, **more)
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return _library("sdpa")(module, query_1HTD, key_1HTD, value_1HTD, attention_mask, **more)
-    if unknown := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
-        raise InputError(
-            f"{type(module).__name__}: attention with {', '.join(unknown)} is not supported on this device"
-        )
     if blocks is not None:
-        every_layer, last_layer = blocks
-        config: Any = module.config
-        row = last_layer if module.layer_idx == config.num_hidden_layers - 1 else every_layer
+        config: Any = getattr(module, "config", None)
+        last = getattr(module, "layer_idx", None) == getattr(config, "num_hidden_layers", 0) - 1
+        row = blocks.of(query_1HTD.shape[1], key_1HTD.shape[1], last=last)
         return block_attention(query_1HTD, key_1HTD, value_1HTD, row, scaling), None
     # Split and not sliced: the gradient of a slice is as long as the row, and there are as many as segments.
     table = attention_mask[0, 0].tolist()
@@ -141,10 +148,13 @@ def tree_attention(
         scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
         return RowAttention.apply(*parts, table, scale), None
     lengths = [end - start for *_, start, end in table]
-    queries, keys, values = (torch.split(part, lengths, dim=2) for part in (query_1HTD, key_1HTD, value_1HTD))
+    padding = query_1HTD.shape[2] - sum(lengths)  # behind the last segment
+    queries, keys, values = (
+        torch.split(part, [*lengths, padding], dim=2) for part in (query_1HTD, key_1HTD, value_1HTD)
+    )
     segment_at = {start: number for number, (*_, start, _) in enumerate(table)}
     outputs = []
-    for (first, last, start, end), query, own_key, own_value in zip(table, queries, keys, values, strict=True):
+    for (first, last, start, end), query, own_key, own_value in zip(table, queries, keys, values, strict=False):
         if first == last:
             outputs.append(_attend(query, own_key, own_value, None, dropout, scaling))
             continue
@@ -155,7 +165,10 @@ def tree_attention(
             block, seen = query[:, :, begin:stop], last - first + stop
             bias = causal_bias(block, seen)
             outputs.append(_attend(block, key[:, :, :seen], value[:, :, :seen], bias, dropout, scaling))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    output_1HTD = torch.cat(outputs, dim=2)
+    if padding:
+        output_1HTD = pad(output_1HTD, (0, 0, 0, padding))
+    return output_1HTD.transpose(1, 2), None
 
 
 def _has_gradients(query_1HTD: Tensor) -> bool:

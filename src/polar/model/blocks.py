@@ -14,7 +14,7 @@ a block, N rows of all blocks of queries, M rows of all keys.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -56,6 +56,26 @@ class RowBlocks:
     """Where the result of each token and head stands among the gathered queries. Padding of the row has any."""
 
 
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A row for all layers of a model: cut once for every number of heads that its layers have."""
+
+    table_11S4: Tensor
+    tokens: int
+    last_only_at: Collection[int] | None = None
+    """Ends of segments, if the result of the last layer is needed at these tokens alone."""
+    _cut: dict[tuple[int, int, bool], RowBlocks] = field(default_factory=dict)
+
+    def of(self, heads: int, key_heads: int, *, last: bool) -> RowBlocks:
+        """The row for a layer of so many heads."""
+        last = last and self.last_only_at is not None
+        shape = heads, key_heads, last
+        if shape not in self._cut:
+            only_at = self.last_only_at if last else None
+            self._cut[shape] = row_blocks(self.table_11S4, self.tokens, heads, key_heads, only_at)
+        return self._cut[shape]
+
+
 def row_blocks(
     table_11S4: Tensor, tokens: int, heads: int, key_heads: int, only_at: Collection[int] | None = None
 ) -> RowBlocks:
@@ -95,7 +115,7 @@ def row_blocks(
 def block_attention(
     query_1HTD: Tensor, key_1GTD: Tensor, value_1GTD: Tensor, row: RowBlocks, scale: float | None
 ) -> Tensor:
-    """What `scaled_dot_product_attention` gives for every segment, shape (1, T, H, D). There is no gradient.
+    """What `scaled_dot_product_attention` gives for every segment, shape (1, T, H, D of the values). No gradient.
 
     Scores and their softmax are float32 also where the model is bfloat16.
     """
@@ -118,7 +138,7 @@ def block_attention(
             scores = product(query_ND[first_query : first_query + together * block.queries], key_MD[keys])
             scores.view(together, block.queries, block.keys)[:, :, block.diagonal :].add_(own_QK)
             outputs.append(product(scores.softmax(-1).to(value_MD.dtype), value_MD[keys].T))
-    return torch.cat(outputs).index_select(0, row.places_TH.flatten()).view(1, tokens, heads, width)
+    return torch.cat(outputs).index_select(0, row.places_TH.flatten()).view(1, tokens, heads, -1)
 
 
 def _padded(length: int) -> int:

@@ -26,6 +26,21 @@ _READ: ContextVar[tuple[Tensor, int, int] | None] = ContextVar("read", default=N
 """Where the rewards of this thread's row are read, how many of these places count, and the length of the row."""
 
 
+def has_narrow_last_layer(model: PreTrainedModel) -> bool:
+    """Whether the model's last layer can be computed at some tokens alone."""
+    return model.config.model_type in ARCHITECTURES
+
+
+def add_hooks(model: PreTrainedModel) -> None:
+    """Make the context below work for a model: once, before any thread uses it. Outside the context they do nothing."""
+    if not has_narrow_last_layer(model):
+        return
+    layer = getattr(model, model.base_model_prefix).layers[-1]
+    for part in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp):
+        part.register_forward_pre_hook(_take)
+        part.register_forward_hook(_put_back)
+
+
 @contextmanager
 def last_layer_only_at(
     model: PreTrainedModel, scores_N: Tensor, tokens: int, *, few_shapes: bool = False
@@ -40,10 +55,9 @@ def last_layer_only_at(
         tokens: Length of the row.
         few_shapes: Compute one of few numbers of places (`polar.model.products`); further ones are thrown away.
     """
-    if model.config.model_type not in ARCHITECTURES:
+    if not has_narrow_last_layer(model):
         yield
         return
-    _add_hooks(model)
     count = len(scores_N)
     computed = pad(scores_N, (0, few_lengths(count) - count)) if few_shapes else scores_N
     token = _READ.set((computed, count, tokens))
@@ -51,15 +65,6 @@ def last_layer_only_at(
         yield
     finally:
         _READ.reset(token)
-
-
-def _add_hooks(model: PreTrainedModel) -> None:
-    """They stay, and do nothing outside the context."""
-    layer = getattr(model, model.base_model_prefix).layers[-1]
-    for part in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp):
-        if _take not in part._forward_pre_hooks.values():
-            part.register_forward_pre_hook(_take)
-            part.register_forward_hook(_put_back)
 
 
 def _take(part: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:

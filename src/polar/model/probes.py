@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from polar.client.probe import Probe
-from polar.model.attention import TREE_ATTENTION
+from polar.model.backbone import prepare
 from polar.model.files import find_shards, reason
 from polar.model.tree import rewards, tree_batch
 from polar.records import Comparison
@@ -90,13 +90,14 @@ def _load(directory: Path) -> PreTrainedModel:
     """The model with its weights as maps of their files, so that they take no memory."""
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForSequenceClassification.from_config(config, attn_implementation=TREE_ATTENTION)
+        model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
     weights: dict[str, Tensor] = {}
     for shard in find_shards(directory):
         with safe_open(shard, framework="pt") as file:
             weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     weights.pop("score.bias", None)  # zero, and only there for SGLang (`RewardModel.save`)
     model.load_state_dict(weights, assign=True)
+    prepare(model)
     return model.eval()  # type: ignore[no-any-return]
 
 

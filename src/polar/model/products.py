@@ -27,12 +27,24 @@ def onednn_helps(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a model there is scored faster by oneDNN's products than by what torch takes itself."""
     return (
         device.type == "cpu"
-        # With AMX torch's own attention multiplies bfloat16 well.
-        and (dtype is torch.float32 or (dtype is torch.bfloat16 and not torch.cpu._is_amx_tile_supported()))
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # what torch.compile calls, but not a documented interface
+        # With AMX torch's own attention multiplies bfloat16 well.
+        and (
+            dtype is torch.float32 or (dtype is torch.bfloat16 and not _torch_says(torch.cpu, "_is_amx_tile_supported"))
+        )
     )
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has native bfloat16 arithmetic and torch uses it."""
+    return _torch_says(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+
+
+def _torch_says(namespace: Any, question: str) -> bool:
+    """The answer of a function that torch does not document and not every build has."""
+    return bool(getattr(namespace, question, lambda: False)())
 
 
 def fast_products(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:

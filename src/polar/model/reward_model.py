@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from polar.errors import InputError
 from polar.model.adapters import is_adapter, save_adapter
+from polar.model.backbone import prepare
 from polar.model.calibration import Calibration, Scale, read_calibration, scaling, with_reference
 from polar.model.files import checkpoint_directory, reason
 from polar.model.probes import write_probes
@@ -53,11 +55,17 @@ class RewardModel:
                 f"the model's pad_token_id is {pad}; it must be set and must differ from the score token "
                 f"{template.settings.score_token_id}, or engines read the reward at the wrong place"
             )
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        if not 0 <= pad < vocabulary:
+            raise InputError(
+                f"the model's pad_token_id is {pad}; expected a token of its vocabulary, 0 to {vocabulary - 1}"
+            )
         if limit is not None and template.settings.max_length > limit:
             raise InputError(
                 f"the template's max_length {template.settings.max_length} exceeds the model's "
                 f"max_position_embeddings {limit}; lower it in {CHECKPOINT_FILE}"
             )
+        prepare(model)
         self.model = model
         self.tokenizer = tokenizer
         self.template = template
@@ -206,10 +214,11 @@ class RewardModel:
     ) -> list[list[float]]:
         """Rewards of groups that the template has encoded already; see `score_groups`."""
         scores: list[list[float]] = [[] for _ in groups]
-        in_blocks = onednn_helps(self.device, self.model.dtype)
-        for row in _rows(groups, batch_tokens or (4096 if self.device.type == "cpu" else 16384)):
+        shared: bool = self.model.takes_rows
+        in_blocks = shared and onednn_helps(self.device, self.model.dtype)
+        for row in _rows(groups, batch_tokens or (4096 if self.device.type == "cpu" else 16384), shared=shared):
             batch = tree_batch([piece for _, piece in row], in_blocks=in_blocks).to(self.device)
-            with fast_products(self.device, self.model.dtype):
+            with fast_products(self.device, self.model.dtype) if shared else nullcontext():
                 values = rewards(self.model, batch).tolist()
             if progress is not None:
                 progress(len(values))
@@ -234,17 +243,22 @@ def _weights_to_save(model: PreTrainedModel) -> dict[str, Tensor]:
     return weights
 
 
-def _rows(groups: Sequence[EncodedGroup], batch_tokens: int) -> Iterator[list[tuple[int, EncodedGroup]]]:
-    """Fill rows of at most `batch_tokens` (at least one piece each) with groups and their numbers, in order."""
+def _rows(
+    groups: Sequence[EncodedGroup], batch_tokens: int, *, shared: bool = True
+) -> Iterator[list[tuple[int, EncodedGroup]]]:
+    """Fill rows of at most `batch_tokens` (at least one piece each) with groups and their numbers, in order.
+
+    Where prefixes are not shared, every candidate is a piece, and all of them count as much as the longest.
+    """
     row: list[tuple[int, EncodedGroup]] = []
-    tokens = 0
+    tokens, longest = 0, 0
     for index, group in enumerate(groups):
-        for piece in _pieces(group, batch_tokens):
-            if row and tokens + row_length(piece) > batch_tokens:
+        for piece in _pieces(group, batch_tokens if shared else 0):
+            tokens, longest = tokens + row_length(piece), max(longest, row_length(piece))
+            if row and (tokens if shared else (len(row) + 1) * longest) > batch_tokens:
                 yield row
-                row, tokens = [], 0
+                row, tokens, longest = [], row_length(piece), row_length(piece)
             row.append((index, piece))
-            tokens += row_length(piece)
     if row:
         yield row
 

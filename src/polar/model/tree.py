@@ -3,6 +3,9 @@
 Positions of every branch restart at the end of its prefix and a branch attends to its prefix and to itself
 (`polar.model.attention`), so the hidden states equal those of separate sequences. There is no padding.
 
+That is so where attention is all that joins tokens. A model with anything else, such as a recurrent state, computes a
+batch of separate sequences instead; which way a model goes is found out when it is built (`polar.model.backbone`).
+
 Shape legend: T tokens of the row, N candidates of the row, S segments, H hidden size.
 """
 
@@ -16,19 +19,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from polar.errors import InputError
 from polar.model.attention import (
-    TREE_ATTENTION,
     block_mask,
     has_flash_attention,
     has_flex_attention,
     segment_table,
     varlen_arguments,
 )
-from polar.model.blocks import row_blocks
-from polar.model.last_layer import last_layer_only_at
+from polar.model.blocks import Blocks
+from polar.model.last_layer import has_narrow_last_layer, last_layer_only_at
 from polar.model.products import few_lengths
 from polar.template import EncodedGroup
 
@@ -96,35 +98,92 @@ def tree_batch(groups: Sequence[EncodedGroup], *, in_blocks: bool = False) -> Tr
     )
 
 
-def hidden_states(model: PreTrainedModel, batch: TreeBatch, **kwargs: Any) -> Any:
+def hidden_states(model: Any, batch: TreeBatch, **kwargs: Any) -> Any:
     """The backbone's output for a batch; `last_hidden_state` has shape (1, T, H).
 
+    Args:
+        model: It went through `polar.model.backbone.prepare`.
+        batch: The groups.
+        kwargs: For the backbone.
+
     Raises:
-        InputError: The model's attention has a sliding window that is shorter than an input.
+        InputError: An input is longer than the model can take here.
     """
     first, last, start, end = batch.table_11S4[0, 0].unbind(1)
-    longest, window = int((last - first + end - start).max()), getattr(model.config, "sliding_window", None)
-    if window is not None and longest > window:
+    _require_fit(model, int((last - first + end - start).max()))
+    if not model.takes_rows:
+        return separate_states(model, batch, **kwargs)
+    return row_states(model, batch, **_attention(model, batch), **kwargs)
+
+
+def row_states(model: Any, batch: TreeBatch, **kwargs: Any) -> Any:
+    """The backbone's output for a batch as one row, with the attention that is given in `kwargs`."""
+    backbone = getattr(model, model.base_model_prefix)
+    return backbone(input_ids=batch.ids_1T, position_ids=batch.positions_1T, use_cache=False, **kwargs)
+
+
+def separate_states(model: Any, batch: TreeBatch, **kwargs: Any) -> Any:
+    """The same output from one ordinary sequence for every branch, in one batch, laid out like the row.
+
+    The sequences are padded at the end, which no causal model sees.
+    """
+    table = batch.table_11S4[0, 0].tolist()
+    prefixes = {(first, last) for first, last, *_ in table}
+    seen = [
+        [*range(first, last), *range(start, end)] for first, last, start, end in table if (start, end) not in prefixes
+    ]
+    length = max(map(len, seen))
+    tokens_NL = torch.tensor([places + places[-1:] * (length - len(places)) for places in seen])
+    places_T = torch.zeros(batch.ids_1T.shape[1], dtype=torch.long)
+    for number, places in enumerate(seen):  # a prefix is in all of its sequences, which give it the same states
+        places_T[places] = torch.arange(number * length, number * length + len(places))
+    backbone, device = getattr(model, model.base_model_prefix), batch.ids_1T.device
+    output = backbone(input_ids=batch.ids_1T[0, tokens_NL.to(device)], use_cache=False, **kwargs)
+
+    def as_row(states_NLH: Tensor) -> Tensor:
+        return states_NLH.flatten(0, 1)[places_T.to(device)][None]
+
+    layers = getattr(output, "hidden_states", None)
+    return BaseModelOutput(
+        last_hidden_state=as_row(output.last_hidden_state),
+        hidden_states=None if layers is None else tuple(map(as_row, layers)),
+    )
+
+
+def _require_fit(model: Any, longest: int) -> None:
+    config = model.config
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    slides = model.takes_rows and set(getattr(config, "layer_types", None) or ["every layer"]) != {"full_attention"}
+    if window is not None and slides and longest > window:
         raise InputError(
             f"an input has {longest} tokens, but the model's attention slides over {window}; "
             f"lower max_length of its template to {window}"
         )
-    backbone = getattr(model, model.base_model_prefix)
-    return backbone(
-        input_ids=batch.ids_1T, position_ids=batch.positions_1T, use_cache=False, **_attention(model, batch), **kwargs
-    )
+    original = _length_that_changes_positions(config)
+    if original is not None and longest > original:
+        raise InputError(
+            f"an input has {longest} tokens, but from {original} on the model's rotary positions (longrope) depend on "
+            f"the longest input of a batch; lower max_length of its template to {original}"
+        )
 
 
-def _attention(model: PreTrainedModel, batch: TreeBatch) -> dict[str, Any]:
+def _length_that_changes_positions(config: Any) -> int | None:
+    """Up to which length rotary positions are the same for all inputs; None if they always are."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [
+        parameters,
+        *(kind for kind in parameters.values() if isinstance(kind, dict)),
+    ]  # one, or one per layer type
+    limits = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min(limits, default=None)
+
+
+def _attention(model: Any, batch: TreeBatch) -> dict[str, Any]:
     """Who sees whom, in the form that this device takes; no mask for a single sequence, which is plainly causal."""
-    if model.config._attn_implementation != TREE_ATTENTION:
-        model.set_attn_implementation(TREE_ATTENTION)
     device = batch.ids_1T.device
     if batch.in_blocks:
-        heads = model.config.num_attention_heads
-        shape = batch.ids_1T.shape[1], heads, getattr(model.config, "num_key_value_heads", heads)
-        last_layer = row_blocks(batch.table_11S4, *shape, only_at=set(batch.scores_N.tolist()))
-        blocks = (row_blocks(batch.table_11S4, *shape), last_layer)
+        read = set(batch.scores_N.tolist()) if has_narrow_last_layer(model) else None
+        blocks = Blocks(batch.table_11S4, batch.ids_1T.shape[1], read)
         return {"attention_mask": batch.table_11S4, "blocks": blocks}
     if len(batch.table_11S4[0, 0]) == 1:
         return {"attention_mask": None}
@@ -136,18 +195,18 @@ def _attention(model: PreTrainedModel, batch: TreeBatch) -> dict[str, Any]:
     return {"attention_mask": batch.table_11S4}
 
 
-def _last_layer(model: PreTrainedModel, batch: TreeBatch) -> AbstractContextManager[None]:
+def _last_layer(model: Any, batch: TreeBatch) -> AbstractContextManager[None]:
     """Without gradients the last layer is only computed where it is read."""
-    if not torch.is_inference_mode_enabled():
+    if not (model.takes_rows and torch.is_inference_mode_enabled()):
         return nullcontext()
     return last_layer_only_at(model, batch.scores_N, batch.ids_1T.shape[1], few_shapes=batch.in_blocks)
 
 
-def rewards(model: PreTrainedModel, batch: TreeBatch, last_hidden_1TH: Tensor | None = None) -> Tensor:
+def rewards(model: Any, batch: TreeBatch, last_hidden_1TH: Tensor | None = None) -> Tensor:
     """Rewards of all candidates, shape (N,), float32; the score head is applied in float32.
 
     Args:
-        model: A `*ForSequenceClassification` model with one label.
+        model: A `*ForSequenceClassification` model with one label that went through `polar.model.backbone.prepare`.
         batch: The groups.
         last_hidden_1TH: The backbone's output, when the caller has it already.
     """
@@ -155,7 +214,7 @@ def rewards(model: PreTrainedModel, batch: TreeBatch, last_hidden_1TH: Tensor | 
         with _last_layer(model, batch):
             last_hidden_1TH = hidden_states(model, batch).last_hidden_state
     hidden_NH = last_hidden_1TH[0, batch.scores_N]
-    head: Any = model.score
+    head = model.score
     with torch.autocast(hidden_NH.device.type, enabled=False):
         rewards_N: Tensor = hidden_NH.float() @ head.weight[0].float()
         return rewards_N if head.bias is None else rewards_N + head.bias.float()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -16,8 +19,8 @@ from transformers import (
 
 from polar.errors import InputError
 from polar.model.adapters import base_of, four_bits, is_adapter, merge_adapter, require_peft
-from polar.model.attention import TREE_ATTENTION
-from polar.model.files import checkpoint_directory, read_json, reason
+from polar.model.files import checkpoint_directory, find_shards, read_json, reason
+from polar.model.products import multiplies_bfloat16
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if chosen not in (torch.float32, torch.bfloat16, torch.float16):
         raise InputError(f"dtype {dtype!r}: expected float32, bfloat16 or float16")
-    if device.type == "cpu" and chosen is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device.type == "cpu" and chosen is torch.bfloat16 and not multiplies_bfloat16():
         log.warning("this CPU has no native bfloat16 arithmetic: scoring works, but float32 is faster here")
     return chosen
 
@@ -72,8 +75,9 @@ def load_weights(
         new_head: The score head comes from elsewhere, so it may be missing here.
 
     Raises:
-        InputError: a weight is missing, misshapen or not finite.
+        InputError: a weight is missing, misshapen, not finite, quantised already or not used.
     """
+    _require_plain_weights(directory)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, **({"num_labels": 1} if new_head else {}))
         if config.num_labels != 1:
@@ -82,14 +86,14 @@ def load_weights(
             directory,
             config=config,
             dtype=dtype,
-            attn_implementation=TREE_ATTENTION,
+            attn_implementation="eager",  # which every architecture has; `RewardModel` chooses
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
             quantization_config=four_bits(dtype) if in_4bit else None,
             device_map={"": device} if in_4bit else None,
         )
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, AssertionError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{directory}: the checkpoint could not be loaded ({reason(error)})") from error
@@ -100,6 +104,8 @@ def load_weights(
             f"{directory}: weights are missing or have the wrong shape ({', '.join(problems[:5])}); "
             "they would be random numbers, so this is refused"
         )
+    if not new_head:
+        _require_all_used(directory, info["unexpected_keys"])
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             # On such a CPU bitsandbytes would repack its weights when a reward is asked for, and has no gradients then.
@@ -109,6 +115,42 @@ def load_weights(
         if not bool(torch.isfinite(parameter).all()):
             raise InputError(f"{directory}: weight {name} holds NaN or infinity; the checkpoint is broken")
     return model  # type: ignore[no-any-return]
+
+
+def _require_plain_weights(directory: Path) -> None:
+    quantised = read_json(directory / "config.json").get("quantization_config") or {}
+    if quantised and not quantised.get("load_in_4bit"):
+        raise InputError(
+            f"{directory}: the weights are quantised ({quantised.get('quant_method', 'by an unnamed method')}); "
+            "expected plain ones (float32, bfloat16, float16): take the checkpoint that they were made from"
+        )
+
+
+def _require_all_used(directory: Path, unused: Collection[str]) -> None:
+    """A weight that the model has no place for would have changed the rewards, but for these."""
+    harmless = re.compile(r"lm_head\..*|.*\.inv_freq")
+    wrong = sorted(name for name in unused if not harmless.fullmatch(name))
+    if wrong == ["score.bias"]:  # `RewardModel.save` writes zeros, for SGLang
+        bias = _tensor(directory, "score.bias")
+        if not bool(bias.any()):
+            return
+        raise InputError(
+            f"{directory}: score.bias is {bias.tolist()}, but the score head of this architecture has no bias, so "
+            "transformers ignores it and engines differ; set it to zero (it moves all rewards alike)"
+        )
+    if wrong:
+        raise InputError(
+            f"{directory}: the model of config.json has no place for the weights {', '.join(wrong[:5])}; without them "
+            "the rewards would be those of another model, so this is refused"
+        )
+
+
+def _tensor(directory: Path, name: str) -> Tensor:
+    for shard in find_shards(directory):
+        with safe_open(shard, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118 (not a dict)
+                return file.get_tensor(name)
+    raise KeyError(name)
 
 
 def load_merged(

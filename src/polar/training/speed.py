@@ -81,6 +81,7 @@ class Meter:
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self.cost = cost_of(model)
+        self.shares_prefixes: bool = model.takes_rows
         self.device = device
         self.peak = peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._started: float | None = None
@@ -103,7 +104,7 @@ class Meter:
         self._margins.append(margins_P.detach())
         self._triples += triples
         self._tokens += batch.ids_1T.numel()
-        self._operations += tree
+        self._operations += tree if self.shares_prefixes else separate
         self._separate += separate
 
     def read(self, add_up: Callable[[Tensor], Tensor], processes: int) -> dict[str, float]:
