@@ -40,15 +40,15 @@ def pieces(table: list[list[int]]) -> Iterator[Piece]:
 
 
 class RowAttention(torch.autograd.Function):
-    """What `scaled_dot_product_attention` gives for every segment of a row, shape (1, T, H, D)."""
+    """What `scaled_dot_product_attention` gives for every segment of a row, shape (1, T, H, D of the values)."""
 
     @staticmethod
     def forward(
         ctx: Any, query_1HTD: Tensor, key_1GTD: Tensor, value_1GTD: Tensor, table: list[list[int]], scale: float
     ) -> Tensor:
         """Compute the output, and keep the attention weights."""
-        _, heads, tokens, width = query_1HTD.shape
-        key_heads = key_1GTD.shape[1]
+        heads, tokens = query_1HTD.shape[1:3]
+        key_heads, width = key_1GTD.shape[1], value_1GTD.shape[-1]  # values may be narrower than keys
         output_THD = query_1HTD.new_empty(tokens, heads, width)
         future_QQ = query_1HTD.new_full((QUERIES, QUERIES), float("-inf")).triu_(1)
         weights = []
