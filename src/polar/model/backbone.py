@@ -84,7 +84,7 @@ def _ids(model: Any) -> list[Tensor]:
     parts = [PREFIX, SPOILED, BRANCH, OTHER]
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = [(number + 1) * vocabulary // (sum(parts) + 2) for number in range(sum(parts))]
-    return list(torch.tensor(ids, device=model.device).split(parts))
+    return list(torch.split(torch.tensor(ids, device=model.device), parts))
 
 
 def _one_at_a_time(model: Any) -> Tensor:

@@ -55,7 +55,7 @@ class RewardModel:
                 f"the model's pad_token_id is {pad}; it must be set and must differ from the score token "
                 f"{template.settings.score_token_id}, or engines read the reward at the wrong place"
             )
-        vocabulary = model.get_input_embeddings().weight.shape[0]
+        vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
         if not 0 <= pad < vocabulary:
             raise InputError(
                 f"the model's pad_token_id is {pad}; expected a token of its vocabulary, 0 to {vocabulary - 1}"
@@ -214,7 +214,7 @@ class RewardModel:
     ) -> list[list[float]]:
         """Rewards of groups that the template has encoded already; see `score_groups`."""
         scores: list[list[float]] = [[] for _ in groups]
-        shared: bool = self.model.takes_rows
+        shared = bool(self.model.takes_rows)
         in_blocks = shared and onednn_helps(self.device, self.model.dtype)
         for row in _rows(groups, batch_tokens or (4096 if self.device.type == "cpu" else 16384), shared=shared):
             batch = tree_batch([piece for _, piece in row], in_blocks=in_blocks).to(self.device)

@@ -149,7 +149,8 @@ def _tensor(directory: Path, name: str) -> Tensor:
     for shard in find_shards(directory):
         with safe_open(shard, framework="pt") as file:
             if name in file.keys():  # noqa: SIM118 (not a dict)
-                return file.get_tensor(name)
+                tensor: Tensor = file.get_tensor(name)
+                return tensor
     raise KeyError(name)
 
 
