@@ -1,5 +1,7 @@
 import json
 import shutil
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from polar import Comparison, Group, InputError, RewardModel, Template
+from polar.model.files import put_in_place
 from polar.model.tree import rewards, tree_batch
 from polar.template import CHECKPOINT_FILE, EncodedGroup
 from tests.conftest import build_model
+from tests.killing import killed_before_change
 
 COMPARISONS = [
     Comparison("What is the capital of China?", "Beijing.", "It is Beijing."),
@@ -107,6 +111,56 @@ def test_saving_never_deletes_what_is_not_a_checkpoint(llama: RewardModel, tmp_p
     with pytest.raises(InputError, match="holds other files than a checkpoint"):
         llama.save(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_saving_replaces_the_files_of_a_checkpoint_alone(llama: RewardModel, checkpoint: Path, tmp_path: Path) -> None:
+    expected = llama.score(COMPARISONS)
+    (checkpoint / "notes.txt").write_text("precious")
+    (checkpoint / "run" / "checkpoint-9").mkdir(parents=True)
+    for stale in ("adapter_config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (checkpoint / stale).write_text("of another model")
+    llama.save(checkpoint)
+    assert RewardModel.load(checkpoint).score(COMPARISONS) == pytest.approx(expected, abs=1e-6)
+    llama.save(tmp_path / "fresh")
+    fresh = {path.name for path in (tmp_path / "fresh").iterdir()}
+    assert {path.name for path in checkpoint.iterdir()} == fresh | {"notes.txt", "run"}
+    assert (checkpoint / "notes.txt").read_text() == "precious"
+    assert (checkpoint / "run" / "checkpoint-9").is_dir()
+
+
+def test_a_file_as_target_is_one_line(llama: RewardModel, tmp_path: Path) -> None:
+    (tmp_path / "rm.safetensors").write_text("precious")
+    with pytest.raises(InputError, match=r"rm\.safetensors: is a file; a checkpoint is a directory") as error:
+        llama.save(tmp_path / "rm.safetensors")
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="could not be written"):
+        llama.save(tmp_path / "rm.safetensors" / "below")
+    assert (tmp_path / "rm.safetensors").read_text() == "precious"
+
+
+def test_a_kill_at_any_step_leaves_the_old_checkpoint_the_new_one_or_none(llama: RewardModel, tmp_path: Path) -> None:
+    llama.save(tmp_path / "old")
+    (tmp_path / "old" / "notes.txt").write_text("precious")
+    llama.save(tmp_path / "new")
+    (tmp_path / "new" / "model.safetensors").rename(tmp_path / "new" / "model-00001-of-00001.safetensors")
+    found = set()
+    for number in count(1):
+        shutil.copytree(tmp_path / "old", target := tmp_path / f"target-{number}")
+        shutil.copytree(tmp_path / "new", written := tmp_path / f"written-{number}")
+
+        def move(begin: Callable[[], None], written: Path = written, target: Path = target) -> None:
+            begin()
+            put_in_place(written, target)
+
+        killed = killed_before_change(number, move)
+        assert (target / "notes.txt").read_text() == "precious"
+        names = frozenset(path.name for path in target.iterdir() if path.name != "notes.txt")
+        found.add(names if CHECKPOINT_FILE in names else None)
+        if not killed:
+            break
+    assert number > 10
+    whole = [{path.name for path in (tmp_path / name).iterdir()} - {"notes.txt"} for name in ("old", "new")]
+    assert found == {None, *map(frozenset, whole)}
 
 
 def edit_weights(checkpoint: Path, change) -> None:

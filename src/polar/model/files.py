@@ -1,9 +1,10 @@
-"""The files of a Hugging Face checkpoint: where they are, JSON, and weights, one file after the other."""
+"""The files of a Hugging Face checkpoint: where they are, JSON, weights, and how a new one takes its place."""
 
 from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,25 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from polar.errors import InputError
-from polar.template import BUNDLED_MODEL, BUNDLED_NAME
+from polar.template import BUNDLED_MODEL, BUNDLED_NAME, CHECKPOINT_FILE
+
+OWN_FILES = (
+    CHECKPOINT_FILE,
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "additional_chat_templates",
+)
+"""What a checkpoint may consist of. Whatever else stands in its directory is not ours."""
 
 
 def checkpoint_directory(path_or_hub_id: str | Path) -> Path:
@@ -108,6 +127,28 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write an indented JSON file."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def own_files(directory: Path) -> list[Path]:
+    """What in a directory has the name of a checkpoint's file (`OWN_FILES`); nothing if there is no directory."""
+    return sorted({path for pattern in OWN_FILES for path in directory.glob(pattern)})
+
+
+def put_in_place(written: Path, target: Path) -> None:
+    """Move a whole checkpoint into a directory, in place of an older one; other files there stay.
+
+    Nothing is a checkpoint without its `polar.json`, so that goes first and comes last: a process that is killed in
+    between leaves no checkpoint there, and never a mixture of two.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    (target / CHECKPOINT_FILE).unlink(missing_ok=True)
+    for path in own_files(target):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in sorted(written.iterdir(), key=lambda path: (path.name == CHECKPOINT_FILE, path.name)):
+        path.replace(target / path.name)
 
 
 def reason(error: Exception) -> str:

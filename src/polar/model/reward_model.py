@@ -7,7 +7,6 @@ plus `polar.json`, which holds the template, the calibration and the provenance.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -23,7 +22,7 @@ from polar.errors import InputError
 from polar.model.adapters import is_adapter, save_adapter
 from polar.model.backbone import prepare
 from polar.model.calibration import Calibration, Scale, read_calibration, scaling, with_reference
-from polar.model.files import checkpoint_directory, reason
+from polar.model.files import checkpoint_directory, put_in_place, reason
 from polar.model.probes import write_probes
 from polar.model.products import fast_products, onednn_helps
 from polar.model.tree import rewards, row_length, tree_batch
@@ -127,22 +126,28 @@ class RewardModel:
         return cls(model, tokenizer, template, provenance, calibration)
 
     def save(self, directory: str | Path) -> None:
-        """Write the checkpoint; the directory appears complete or not at all, and replaces an older one.
+        """Write the checkpoint, complete or not at all; it replaces an older one, and nothing else that is there.
 
         Raises:
-            InputError: the directory holds something else than a checkpoint, or cannot be written.
+            InputError: the directory holds something else than a checkpoint, is a file, or cannot be written.
         """
         target = Path(directory)
-        if target.exists() and any(target.iterdir()) and not (target / CHECKPOINT_FILE).is_file():
-            raise InputError(f"{target}: holds other files than a checkpoint; choose a new directory")
+        if target.exists() and not target.is_dir():
+            raise InputError(f"{target}: is a file; a checkpoint is a directory, choose a new one")
         config = self.model.config
         config.problem_type = "regression"  # engines then answer the raw score instead of its sigmoid
         config.reward_token_id = self.template.settings.score_token_id
         config.split_token_id = self.template.settings.split_token_id
         try:
+            found = sorted(path.name for path in target.iterdir()) if target.exists() else []
+            if found and CHECKPOINT_FILE not in found:
+                raise InputError(
+                    f"{target}: holds other files than a checkpoint ({', '.join(found[:3])}); choose a new directory"
+                )
             target.parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-                written = Path(temporary) / target.name
+            place = target if target.exists() else target.parent  # the same file system: moving is one step then
+            with TemporaryDirectory(dir=place, prefix=f".{target.name}.") as temporary:
+                written = Path(temporary) / "checkpoint"
                 if getattr(self.model, "peft_config", None):
                     save_adapter(self.model, written)
                 else:
@@ -154,9 +159,7 @@ class RewardModel:
                 self.template.save(written, provenance=self.provenance, **calibration)
                 if not is_adapter(written):  # which is not served before it is merged
                     write_probes(written)
-                if target.exists():
-                    shutil.rmtree(target)
-                written.rename(target)
+                put_in_place(written, target)
         except OSError as error:
             raise InputError(f"{target}: the checkpoint could not be written ({error})") from error
 
