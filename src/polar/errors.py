@@ -1,4 +1,4 @@
-"""The one error that means: the input is wrong, not the program."""
+"""Errors that are not the program's: the input is wrong, or somebody ended it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ class InputError(ValueError):
     The message is one line that says what is wrong, where, what was expected and what to do. The command line
     prints it without a traceback and exits with code 2; anything else that is raised is our own fault (code 1).
     """
+
+
+class TerminatedError(Exception):
+    """SIGTERM came and the work was put by; the message says how to go on. The command line exits with code 143."""
 
 
 def first_mistake(error: ValidationError) -> str:

@@ -19,6 +19,7 @@ from polar.records import Message
 from polar.training.batches import Collator, examples_from_preferences, examples_from_triples
 from polar.training.config import FinetuneConfig, PretrainConfig
 from polar.training.discriminator import Discriminator
+from polar.training.finite import FiniteLosses
 from polar.training.objectives import Objective
 from polar.training.run import finetune
 
@@ -286,8 +287,11 @@ def test_a_loss_that_is_not_finite_names_its_records(broken, cause, template, ch
     batch = Collator()(list(examples_from_preferences(rows, template)))
     if broken:
         model.score.weight.data.fill_(math.nan)
+    losses = FiniteLosses(model)
+    losses.add(torch.tensor(0.5), ["0"])
+    losses.add(Discriminator(model)(**batch)["loss"], batch["names"])
     with pytest.raises(InputError, match=cause) as error:
-        Discriminator(model)(**batch)
+        losses.on_pre_optimizer_step()
     assert '1 ("Is 3e38 a lot? Yes or no?"), 2 ("' + "q" * 40 + '...");' in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from transformers import (
 )
 
 from polar import BUNDLED_MODEL, Comparison, Group, InputError, Preference, RewardModel, Template, Triple
+from polar.cli.main import main
+from polar.errors import TerminatedError
 from polar.training.batches import Collator, examples_from_preferences, examples_from_triples
 from polar.training.checkpoints import COMPLETE, newest_complete
 from polar.training.config import FinetuneConfig, PretrainConfig
@@ -189,15 +193,73 @@ def test_a_half_written_checkpoint_is_never_loaded(triples: str, tmp_path: Path)
     assert not newest.exists() or (newest / COMPLETE).exists()
 
 
-def test_sigterm_saves_and_stops_and_the_same_command_goes_on(triples: str, tmp_path: Path) -> None:
+def test_a_signal_saves_and_stops_and_the_same_command_goes_on(triples: str, tmp_path: Path) -> None:
     straight = pretrain(config(triples, tmp_path / "straight", **LONG))
-    with pytest.raises(SystemExit) as stopped:  # in the fifth step, after which no checkpoint is due
-        pretrain_until(8, lambda: os.kill(os.getpid(), signal.SIGTERM), config(triples, tmp_path / "stopped", **LONG))
-    assert stopped.value.code == 143
-    newest = newest_complete(tmp_path / "stopped" / "run")
+    errors = {signal.SIGTERM: TerminatedError, signal.SIGINT: KeyboardInterrupt}
+    before = {number: signal.getsignal(number) for number in errors}
+    for number, error in errors.items():
+        output = tmp_path / f"stopped-{number}"
+        with pytest.raises(error, match="stopped at step 5; the same command goes on"):
+            # In the fifth step, after which no checkpoint is due.
+            pretrain_until(8, partial(os.kill, os.getpid(), number), config(triples, output, **LONG))
+        assert {number: signal.getsignal(number) for number in errors} == before
+        newest = newest_complete(output / "run")
+        assert newest is not None
+        assert newest.name == "checkpoint-5"
+        assert_same_weights(straight, pretrain(config(triples, output, **LONG)))
+
+
+def test_a_second_interrupt_ends_at_once_but_not_the_echo_of_a_launcher(
+    triples: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 5"):
+        pretrain_until(8, twice, config(triples, tmp_path / "echo", **LONG))
+    monkeypatch.setattr("polar.training.checkpoints.LAUNCHER_ECHO", 0.0)
+    with pytest.raises(KeyboardInterrupt, match="ended at once; the same command without --no-resume goes on"):
+        pretrain_until(8, twice, config(triples, tmp_path / "twice", **LONG, resume=False))
+    newest = newest_complete(tmp_path / "twice" / "run")
     assert newest is not None
-    assert newest.name == "checkpoint-5"
-    assert_same_weights(straight, pretrain(config(triples, tmp_path / "stopped", **LONG)))
+    assert newest.name == "checkpoint-3"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_handlers_of_signals_are_put_back_after_an_error(triples: str, tmp_path: Path) -> None:
+    with pytest.raises(CrashError):
+        pretrain_until(2, crash, config(triples, tmp_path / "out", **LONG))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_training_works_in_a_thread(triples: str, tmp_path: Path) -> None:
+    """As in a notebook's widget or a server; signals are the main thread's there."""
+    with ThreadPoolExecutor(1) as pool:
+        trained = pool.submit(pretrain, config(triples, tmp_path / "thread", max_steps=2)).result(120)
+    assert_same_weights(trained, RewardModel.load(tmp_path / "thread"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"])
+def test_the_command_tells_how_to_go_on(
+    number: int,
+    code: int,
+    triples: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real = RewardTrainer.training_step
+
+    def step(self: RewardTrainer, *arguments: Any, **named: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return real(self, *arguments, **named)
+
+    monkeypatch.setattr(RewardTrainer, "training_step", step)
+    flags = "--max-steps 3 --max-length 256 --max-response-length 64 --scratch.vocab-size 400 --scratch.num-layers 1"
+    assert main(["pretrain", "--data", triples, "--output", str(tmp_path / "out"), *flags.split()]) == code
+    assert capsys.readouterr().err.splitlines()[-1] == "polar: stopped at step 1; the same command goes on from there"
 
 
 def test_a_run_goes_on_with_its_own_settings_and_data_only(triples: str, tmp_path: Path) -> None:
@@ -343,7 +405,7 @@ def test_a_causal_language_model_gets_a_head_and_tokens(triples: str, tmp_path: 
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path / "lm")
     trained = pretrain(config(triples, tmp_path / "rm", model=str(tmp_path / "lm"), max_steps=2))
     assert trained.template.settings.bos_token_id == tokenizer.token_to_id(BOS)
-    assert RewardModel.load(tmp_path / "rm").provenance["start"].endswith("lm")
+    assert RewardModel.load(tmp_path / "rm").provenance["base"]["name"] == str(tmp_path / "lm")
 
 
 @pytest.mark.parametrize(

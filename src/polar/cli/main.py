@@ -1,7 +1,8 @@
 """The `polar` command: one function per command, flags from its signature, YAML through `--config`.
 
 A flag can also be set in a YAML file (`--config FILE`) or by an environment variable (`POLAR_<COMMAND>_<FLAG>`).
-Exit codes: 0 success, 2 bad input (one line on stderr), 1 our own fault (with a traceback), 130 interrupted.
+Exit codes: 0 success, 2 bad input (one line on stderr), 1 our own fault (with a traceback), 130 interrupted (Ctrl-C),
+143 terminated (SIGTERM).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from cyclopts.config import Env, Yaml
 from rich.console import Console
 from rich.logging import RichHandler
 
-from polar.errors import InputError
+from polar.errors import InputError, TerminatedError
 from polar.fields import describe
 from polar.version import __version__
 
@@ -77,9 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"{' '.join(str(error).split())} (see polar {name} --help)")
     except BrokenPipeError:  # the reader went away, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        sys.stderr.write("polar: interrupted\n")
+    except KeyboardInterrupt as error:
+        _say(str(error) or "interrupted")
         return 130
+    except TerminatedError as error:
+        _say(str(error))
+        return 143
     return 0
 
 
@@ -102,6 +106,7 @@ def _run(name: str, words: list[str]) -> None:
         help_epilogue=examples,
         help_format="plaintext",
         version_flags=[],
+        suppress_keyboard_interrupt=False,
         config=Env(f"POLAR_{re.sub('[ -]', '_', name.upper())}_", command=False),
     )
     app.default(command)
@@ -165,9 +170,13 @@ def _set_up_logging() -> None:
 
 
 def _refuse(message: str) -> int:
-    if _is_main_process():
-        sys.stderr.write(f"polar: error: {message}\n")
+    _say(f"error: {message}")
     return 2
+
+
+def _say(message: str) -> None:
+    if _is_main_process():
+        sys.stderr.write(f"polar: {message}\n")
 
 
 def _is_main_process() -> bool:

@@ -35,4 +35,5 @@ def finetune(config: FinetuneConfig) -> None:
 def _report(model: RewardModel, output: str) -> None:
     training = model.provenance["training"]
     if PartialState().is_main_process:
-        sys.stderr.write(f"saved {output} after {training['steps']} steps on {training['groups']} groups\n")
+        cut = f", {training['cut']['examples']} of them cut to fit" if training["cut"]["examples"] else ""
+        sys.stderr.write(f"saved {output} after {training['steps']} steps on {training['groups']} groups{cut}\n")

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from polar.evaluation.manifest import ModelFacts
-from polar.model.adapters import base_of, is_adapter
 from polar.model.files import checkpoint_directory
 from polar.model.reward_model import RewardModel
+from polar.model.weights import weights_hash
 from polar.template import Template
 
 
@@ -36,17 +36,6 @@ def model_facts(name: str, template: Template, model: RewardModel | None, engine
         max_length=template.settings.max_length,
         max_response_length=template.settings.max_response_length,
     )
-
-
-def weights_hash(directory: Path) -> str:
-    """Sixteen hexadecimal digits of the weights' files; for an adapter, those of its base too."""
-    digest = hashlib.sha256()
-    for file in sorted(directory.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    if is_adapter(directory):
-        digest.update(weights_hash(checkpoint_directory(base_of(directory))).encode())
-    return digest.hexdigest()[:16]
 
 
 def template_hash(template: Template) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Collection
@@ -183,3 +184,14 @@ def _base_directory(adapter: Path) -> Path:
     if is_adapter(directory):
         raise InputError(f"{adapter}: its base model {base} is an adapter too; expected a whole model")
     return directory
+
+
+def weights_hash(directory: Path) -> str:
+    """Sixteen hexadecimal digits of the weights' files; for an adapter, those of its base too."""
+    digest = hashlib.sha256()
+    for file in sorted(directory.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    if is_adapter(directory):
+        digest.update(weights_hash(checkpoint_directory(base_of(directory))).encode())
+    return digest.hexdigest()[:16]

@@ -52,6 +52,6 @@ def add_adapters(start: RewardModel, settings: LoraSettings, base: str, new_toke
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    start.provenance = {**start.provenance, "base": base, "lora": asdict(settings)}
+    start.provenance = {**start.provenance, "lora": asdict(settings)}
     trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
     log.info("training %s of %s weights (%.2f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)

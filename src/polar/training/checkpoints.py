@@ -6,20 +6,24 @@ import json
 import logging
 import shutil
 import signal
+import threading
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from polar.errors import InputError
+from polar.errors import InputError, TerminatedError
+from polar.model.files import own_files
 from polar.template import CHECKPOINT_FILE
 from polar.training.config import TrainConfig
-from polar.training.processes import Sharding, anywhere
+from polar.training.processes import Sharding, largest
+from polar.writing import on_disk
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +31,11 @@ COMPLETE = "complete"
 """A file in a checkpoint's directory, which appears when everything else is there: the `Layout` of the run."""
 MAY_CHANGE = {"output", "eval_data", "log_steps", "save_steps", "eval_steps", "report_to", "resume", "fsdp"}
 """Settings that may differ when a run goes on; how it is sharded is in its layout."""
+RUN_FILES = ("config.yaml", "*.arrow", "trainer_state.json", "final", "tensorboard", "wandb", "*-id")
+"""What a run leaves in its directory besides checkpoints. Whatever else stands there is not ours."""
+LAUNCHER_ECHO = 1.0
+"""Seconds after Ctrl-C in which it is not taken for a second one: the terminal sends it to all processes, and launchers
+pass it on to theirs once more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,66 +66,108 @@ class MarkComplete(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGTERM, which batch systems send before they end a job: finish the step, save, stop.
+    """On SIGTERM, which batch systems send before they end a job, or on Ctrl-C: finish the step, save, stop.
 
-    A signal to any process stops all of them after the same step.
+    A signal to any process stops all of them after the same step. A second Ctrl-C ends the process at once. Signals are
+    heard while this is entered as a context, and by the main thread only: elsewhere they do what they always do.
     """
 
-    def __init__(self) -> None:
-        self.stopped = False
-        self._before: Any = None
+    def __init__(self, resume: bool) -> None:
+        """Listen as soon as this is entered.
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Listen from now on."""
-        self._before = signal.signal(signal.SIGTERM, self._note)
+        Args:
+            resume: Whether the same command goes on with a run.
+        """
+        self.signal = 0
+        """The one that came, to whichever process; 0 for none."""
+        self._same_command = "the same command" if resume else "the same command without --no-resume"
+        self._heard = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that is not Python's
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Save and stop if the signal came."""
-        self.stopped = anywhere(self.stopped)
-        if self.stopped:
+        """Save and stop if a signal came."""
+        self.signal = largest(self.signal)
+        if self.signal:
             control.should_save = control.should_training_stop = True
         return control
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Listen no longer."""
-        signal.signal(signal.SIGTERM, self._before)
+    def raise_if_stopped(self, state: TrainerState) -> None:
+        """Tell the caller that the training was cut short, if it was.
+
+        Raises:
+            TerminatedError: by SIGTERM.
+            KeyboardInterrupt: by Ctrl-C.
+        """
+        if self.signal and state.global_step < state.max_steps:
+            message = f"stopped at step {state.global_step}; {self._same_command} goes on from there"
+            raise KeyboardInterrupt(message) if self.signal == signal.SIGINT else TerminatedError(message)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        log.warning("SIGTERM: saving after this step")
-        self.stopped = True
+        now = time.monotonic()
+        if not self.signal:
+            self.signal, self._heard = number, now
+            again = "; once more ends it at once" if number == signal.SIGINT else ""
+            log.warning("%s: saving after this step%s", signal.Signals(number).name, again)
+        elif number == signal.SIGINT and now > self._heard + LAUNCHER_ECHO:
+            raise KeyboardInterrupt(f"ended at once; {self._same_command} goes on from the newest checkpoint")
 
 
 def newest_complete(run: Path) -> Path | None:
     """The newest whole checkpoint of a run; what a kill left half-written is removed."""
-    found: dict[int, Path] = {}
-    for directory in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if (directory / COMPLETE).exists():
-            found[int(directory.name.rpartition("-")[2])] = directory
-        else:
+    found = _checkpoints(run)
+    for step, directory in list(found.items()):
+        if not (directory / COMPLETE).exists():
             log.warning("%s: not complete, removed", directory)
-            shutil.rmtree(directory)
+            shutil.rmtree(found.pop(step))
     return found[max(found)] if found else None
+
+
+def _checkpoints(run: Path) -> dict[int, Path]:
+    """By their steps; a directory of another name is a copy that somebody keeps."""
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    steps = {path: path.name.removeprefix(prefix) for path in run.glob(f"{prefix}*")}
+    return {int(step): path for path, step in steps.items() if step.isdecimal()}
 
 
 def begin_run(config: TrainConfig, layout: Layout) -> Path | None:
     """Make the directory of a run, or find the checkpoint from which the run in it goes on.
 
     Raises:
-        InputError: the run is finished, or it was begun with other settings.
+        InputError: the run is finished, it was begun with other settings, the directory holds another model, or it
+            cannot be written.
     """
     output = Path(config.output)
     run = output / "run"
-    if (output / CHECKPOINT_FILE).exists():
-        raise InputError(f"{output}: holds a trained checkpoint already; choose another output")
-    if not config.resume:  # its checkpoints would be taken for those of the new run
-        shutil.rmtree(run, ignore_errors=True)
-    checkpoint = newest_complete(run)
-    if checkpoint is not None:
-        _require_same(run, checkpoint, asdict(config) | asdict(layout))
-    run.mkdir(parents=True, exist_ok=True)
-    config.save(run / "config.yaml")
+    with on_disk(output):
+        if output.exists() and not output.is_dir():
+            raise InputError(f"{output}: is a file; the output of a training is a directory, choose another one")
+        if (output / CHECKPOINT_FILE).exists():
+            raise InputError(f"{output}: holds a trained checkpoint already; choose another output")
+        others = [path.name for path in own_files(output)]
+        if others and not (run / "config.yaml").exists():  # else a publication was killed halfway
+            raise InputError(
+                f"{output}: holds files that the trained checkpoint would replace ({', '.join(others[:3])}); choose "
+                "another output"
+            )
+        if not config.resume:  # its checkpoints would be taken for those of the new run
+            for path in {*_checkpoints(run).values(), *(path for name in RUN_FILES for path in run.glob(name))}:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        checkpoint = newest_complete(run)
+        if checkpoint is not None:
+            _require_same(run, checkpoint, asdict(config) | asdict(layout))
+        run.mkdir(parents=True, exist_ok=True)
+        config.save(run / "config.yaml")
     return checkpoint
 
 

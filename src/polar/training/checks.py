@@ -1,9 +1,10 @@
-"""Training data from which nothing can be learned are refused, and single comparisons of that kind are counted."""
+"""Training data that teach nothing are refused; single comparisons of that kind, and what is cut, are counted."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from polar.errors import InputError
 from polar.records import Triple
@@ -65,3 +66,31 @@ def told_apart(examples: Iterable[Example]) -> Iterator[Example]:
         )
     if equal:
         log.warning("both candidates are the same in %d of %d comparisons: they teach nothing", equal, comparisons)
+
+
+@dataclass(slots=True)
+class Cut:
+    """How many examples were cut to fit the model, on the whole and by part (`Template.encode_group`)."""
+
+    examples: int = 0
+    prompt: int = 0
+    reference: int = 0
+    answers: int = 0
+
+    def count(self, examples: Iterable[Example]) -> Iterator[Example]:
+        """The same examples; what was cut is reported at the end."""
+        total = 0
+        for example in examples:
+            total += 1
+            cuts = [cut for cut in example.group.truncations if cut]
+            self.examples += bool(cuts)
+            self.prompt += any(cut.prompt for cut in cuts)
+            self.reference += any(cut.reference for cut in cuts)
+            self.answers += any(cut.output for cut in cuts)
+            yield example
+        if self.examples:
+            log.warning(
+                "%d of %d examples were cut to fit the model: the prompt of %d, the reference of %d, answers of %d; "
+                "max_length and max_response_length say how much fits",
+                *(self.examples, total, self.prompt, self.reference, self.answers),
+            )

@@ -95,9 +95,10 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradient clipping."""
     max_length: int | None = None
-    """Longest input in tokens (default: the checkpoint's own)."""
+    """Longest input in tokens (default: the checkpoint's own; of a language model 16384, or what it has room for)."""
     max_response_length: int | None = None
-    """Longest reference and candidate in tokens (default: the checkpoint's own)."""
+    """Longest reference and candidate in tokens (default: the checkpoint's own; of a language model 4096, or a quarter
+    of max_length if that is too long)."""
     bf16: bool | None = None
     """bfloat16 autocast. Default: on a GPU yes, on a CPU no; switch it on for CPUs with AMX or AVX512-BF16."""
     gradient_checkpointing: bool = False
@@ -134,8 +135,9 @@ class TrainConfig:
             raise InputError(f"warmup_ratio must be in [0, 1), found {self.warmup_ratio}")
         if not 0 < self.decay_ratio <= 1:
             raise InputError(f"decay_ratio must be in (0, 1], found {self.decay_ratio}")
-        if self.batch_tokens is not None and self.batch_tokens < 1:
-            raise InputError(f"batch_tokens must be at least 1, found {self.batch_tokens}")
+        for name in ("batch_tokens", "max_length", "max_response_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, found {value}")
         if self.learning_rate <= 0:
             raise InputError(f"learning_rate must be above 0, found {self.learning_rate}")
         check_trackers(self.report_to)
@@ -150,8 +152,10 @@ class TrainConfig:
         return Objective(self.loss, self.penalty, self.penalty_weight, self.label_smoothing, self.ranked)
 
     def save(self, path: Path) -> None:
-        """Write the resolved values as YAML; `--config` reads them back."""
-        path.write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True), "utf-8")
+        """Write the resolved values as YAML in one step; `--config` reads them back."""
+        unfinished = path.with_name(f"{path.name}.tmp")
+        unfinished.write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True), "utf-8")
+        unfinished.replace(path)
 
 
 @Parameter(name="*")

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from polar.errors import InputError
 from polar.model.tree import TreeBatch, hidden_states, rewards
 from polar.training.objectives import LexicalProbes, Objective
 
@@ -47,8 +44,7 @@ class Discriminator(nn.Module):
     ) -> dict[str, Tensor]:
         """This batch's share of the mean loss over all comparisons of the optimizer step, and the margins of its pairs.
 
-        Raises:
-            InputError: the loss is not finite; the message names the examples.
+        The names of the examples are not needed: they belong to the batch, for messages (`polar.training.finite`).
         """
         output = hidden_states(self.model, batch, output_hidden_states=self.probes is not None)
         rewards_N = rewards(self.model, batch, output.last_hidden_state)
@@ -58,20 +54,7 @@ class Discriminator(nn.Module):
             auxiliary = self.probes(middle_BTH, output.last_hidden_state, overlap_BT, closeness_BT3, select_BT)
             loss = loss + len(labels) * self.lexical_weight * auxiliary
         loss = loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-        if not bool(torch.isfinite(loss)):
-            raise self._not_finite(loss.item(), names)
         return {"loss": loss, "margins": rewards_N[better_P] - rewards_N[worse_P]}
-
-    def _not_finite(self, loss: float, names: Sequence[str]) -> InputError:
-        # Of a sharded model this process looks at its own part: the others are not here.
-        own = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in self.model.parameters())
-        broken = not all(bool(torch.isfinite(weight).all()) for weight in own)
-        cause = (
-            "the weights were not finite before it, so an earlier step was too large: use a lower learning_rate"
-            if broken
-            else "the weights are finite: look at these records, or use a lower learning_rate"
-        )
-        return InputError(f"the loss is {loss} in the batch of records {', '.join(names)}; {cause}")
 
 
 def _saved(module: nn.Module) -> set[str]:

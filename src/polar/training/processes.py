@@ -6,6 +6,7 @@ accelerate's business (FSDP2, DeepSpeed, or a copy in each); here stands what it
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from polar.errors import InputError
 
+log = logging.getLogger(__name__)
+
 Sharding = Literal["none", "fsdp", "deepspeed"]
 T = TypeVar("T")
 
@@ -33,36 +36,49 @@ def join_processes() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
-def anywhere(flag: bool) -> bool:
-    """Whether it is so on any process; all of them ask at the same time."""
+def largest(number: int) -> int:
+    """The largest of what the processes give; all of them ask at the same time."""
     state = PartialState()
     if state.num_processes == 1:
-        return flag
-    found = torch.tensor(int(flag), device=state.device)
+        return number
+    found = torch.tensor(number, device=state.device)
     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return bool(found)
+    return int(found)
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What is wrong in this block on one process ends all of them, with one message.
+    """What is wrong in this block on one process is raised by all of them.
 
     All processes come to the end of the block, and nothing in it waits for another process.
 
     Raises:
-        InputError: on the main process, whichever process found the fault.
-        SystemExit: on the others, with the exit code of bad input.
+        InputError: whichever process found the fault.
     """
     error = None
     try:
         yield
     except InputError as found:
         error = found
-    if anywhere(error is not None):
-        first = next(found for found in gather_object([error]) if found is not None)
-        if PartialState().is_main_process:
-            raise first
-        raise SystemExit(2)
+    if largest(error is not None):
+        raise next(found for found in gather_object([error]) if found is not None)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What is wrong in this block is told by the process that finds it, which ends; the launcher ends the others.
+
+    They are in the middle of the model, where they exchange weights and cannot be asked.
+
+    Raises:
+        InputError: as in the block.
+    """
+    try:
+        yield
+    except InputError as error:
+        if not PartialState().is_main_process:  # its command line tells only what all of them know
+            log.error("process %d: %s", PartialState().process_index, error)
+        raise
 
 
 def from_main(work: Callable[[], T]) -> T:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import signal
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -18,18 +18,19 @@ from tokenizers import Tokenizer
 
 from polar.errors import InputError
 from polar.model.adapters import is_adapter, require_peft
-from polar.model.files import checkpoint_directory
+from polar.model.files import checkpoint_directory, put_in_place
 from polar.model.reward_model import RewardModel
-from polar.reading import ReadReport, read_preferences, read_triples
-from polar.records import text_of
+from polar.reading import read_preferences, read_triples
+from polar.records import Preference, Triple, text_of
 from polar.template import BUNDLED_NAME, CHECKPOINT_FILE
 from polar.training.adapters import add_adapters
 from polar.training.arguments import training_arguments, uses_bf16
 from polar.training.batches import Collator, Example, examples_from_preferences, examples_from_triples
 from polar.training.checkpoints import Layout, MarkComplete, StopOnSignal, begin_run
-from polar.training.checks import of_several_policies, told_apart
+from polar.training.checks import Cut, of_several_policies, told_apart
 from polar.training.config import FinetuneConfig, PretrainConfig, TrainConfig
 from polar.training.discriminator import Discriminator
+from polar.training.origin import Reading, base_facts, provenance_of
 from polar.training.processes import (
     from_main,
     gathered,
@@ -39,13 +40,16 @@ from polar.training.processes import (
     together,
 )
 from polar.training.schedules import peak_share
-from polar.training.scratch import from_language_model, from_scratch, train_tokenizer
+from polar.training.scratch import fitting_lengths, from_language_model, from_scratch, train_tokenizer
 from polar.training.store import ExampleStore, fingerprint_of, open_examples, write_examples
 from polar.training.stream import BatchStream
 from polar.training.trackers import Trackers
 from polar.training.trainer import RewardTrainer
+from polar.writing import on_disk
 
 log = logging.getLogger(__name__)
+
+Record = TypeVar("Record")
 
 TOKENIZER_TRAINING_TRIPLES = 50_000
 """How many triples the tokenizer of a model from scratch is trained on."""
@@ -58,9 +62,9 @@ def pretrain(config: PretrainConfig) -> RewardModel:
     is: to score there, load what was saved.
 
     Raises:
-        InputError: a setting, a file or a record is wrong, or a loss is not finite; of several processes the main one
-            raises it, and the others exit with code 2.
-        SystemExit: the run was stopped by SIGTERM, after a checkpoint.
+        InputError: a setting, a file or a record is wrong, or a loss is not finite; all of several processes raise it.
+        TerminatedError: SIGTERM stopped the run, after a checkpoint. Signals are heard in the main thread only.
+        KeyboardInterrupt: Ctrl-C did so; a second one ends the run at once, without a checkpoint.
     """
     join_processes()
     if config.model == "scratch":
@@ -72,10 +76,10 @@ def pretrain(config: PretrainConfig) -> RewardModel:
             start = _starting_model(config)
     template = start.template
 
-    def examples(paths: Sequence[str]) -> Iterator[Example]:
-        return examples_from_triples(of_several_policies(_read(read_triples, paths, config)), template)
+    def examples(triples: Iterable[Triple]) -> Iterator[Example]:
+        return examples_from_triples(of_several_policies(triples), template)
 
-    return _train(config, start, examples, config.lexical_weight)
+    return _train(config, start, read_triples, examples, config.lexical_weight)
 
 
 def finetune(config: FinetuneConfig) -> RewardModel:
@@ -88,16 +92,17 @@ def finetune(config: FinetuneConfig) -> RewardModel:
         start = _starting_model(config)
     template = start.template
 
-    def examples(paths: Sequence[str]) -> Iterator[Example]:
-        return examples_from_preferences(_read(read_preferences, paths, config), template)
+    def examples(preferences: Iterable[Preference]) -> Iterator[Example]:
+        return examples_from_preferences(preferences, template)
 
-    return _train(config, start, examples, lexical_weight=0.0)
+    return _train(config, start, read_preferences, examples, lexical_weight=0.0)
 
 
 def _train(
     config: TrainConfig,
     start: RewardModel,
-    read_examples: Callable[[Sequence[str]], Iterator[Example]],
+    read: Callable[..., Iterator[Record]],
+    encoded: Callable[[Iterable[Record]], Iterator[Example]],
     lexical_weight: float,
 ) -> RewardModel:
     output = Path(config.output)
@@ -105,12 +110,17 @@ def _train(
     with together():
         layout = Layout(PartialState().num_processes, config.batch_size, sharding(config.fsdp))
     checkpoint = from_main(lambda: begin_run(config, layout))
-    settings = _encoding(start)
+    base = from_main(lambda: base_facts(config))
+    encoding = _encoding(start)
 
     def examples(name: str, paths: list[str], *, keep: bool) -> ExampleStore:
-        file, fingerprint = run / name, fingerprint_of(paths, settings)
+        file, fingerprint = run / name, {**fingerprint_of(paths, encoding), "base": base.get("hash")}
         found = open_examples(file, fingerprint) if keep else None
-        return found or write_examples(file, told_apart(read_examples(paths)), fingerprint)
+        if found is not None:
+            return found
+        reading, cut = Reading(read, paths, config.on_bad_row), Cut()
+        made = told_apart(cut.count(encoded(reading)))
+        return write_examples(file, made, fingerprint, lambda: {"data": reading.facts(), "cut": asdict(cut)})
 
     training = from_main(lambda: examples("examples.arrow", config.data, keep=checkpoint is not None))
     held_out = from_main(lambda: examples("held-out.arrow", config.eval_data, keep=False)) if config.eval_data else None
@@ -118,7 +128,7 @@ def _train(
         start.model.to(torch.float32)  # type: ignore[arg-type]  # master weights
     objective = config.objective()
     _prepare(start.model, config)
-    stop = StopOnSignal()
+    stop = StopOnSignal(config.resume)
     with together():
         stream = _stream(config, training)
         trackers = Trackers(config.report_to, output, asdict(config))
@@ -134,10 +144,9 @@ def _train(
     )
     reduce_in_float32(trainer)
     log.info("training on %d groups", len(training))
-    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
-        log.warning("stopped at step %d; the same command goes on from there", trainer.state.global_step)
-        raise SystemExit(128 + signal.SIGTERM)
+    with stop:
+        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    stop.raise_if_stopped(trainer.state)
     metrics = dict(result.metrics)
     if held_out:
         last = trainer.state.log_history[-1]  # the run's summary, after an evaluation of the last step if there was one
@@ -145,6 +154,7 @@ def _train(
         metrics.update(done[-1] if done else trainer.evaluate())
     summary = {
         "groups": len(training),
+        "cut": training.summary["cut"],
         "steps": trainer.state.global_step,
         "tokens": sum(int(training.lengths[batch].sum()) for batch in stream) * stream.processes,
         "metrics": metrics,
@@ -153,7 +163,7 @@ def _train(
         gathered(trainer, start.model).eval(),
         start.tokenizer,
         start.template,
-        {**start.provenance, "training": summary},
+        provenance_of(config, base, training.summary["data"], held_out.summary["data"] if held_out else [], summary),
     )
     with together():
         if trainer.is_world_process_zero():
@@ -192,12 +202,14 @@ def _prepare(model: Any, config: TrainConfig) -> None:
 
 
 def _publish(model: RewardModel, output: Path) -> None:
-    """Save the checkpoint into `output` itself, beside the run's own directory."""
+    """Save the checkpoint into `output` itself, beside the run's own directory; killed in between, it is done again."""
     written = output / "run" / "final"
-    model.save(written)
-    for path in written.iterdir():
-        path.replace(output / path.name)
-    written.rmdir()
+    with on_disk(output):
+        for left in (*written.parent.glob(".final.*"), *written.parent.glob("final")):
+            shutil.rmtree(left)
+        model.save(written)
+        put_in_place(written, output)
+        written.rmdir()
 
 
 def _starting_model(config: TrainConfig) -> RewardModel:
@@ -220,12 +232,15 @@ def _starting_model(config: TrainConfig) -> RewardModel:
     new_tokens: list[int] = []
     if (directory / CHECKPOINT_FILE).is_file():
         start = RewardModel.load(directory, device=None if whole else "cpu", dtype=dtype, in_4bit=in_4bit)
-        start.template = start.template.with_lengths(config.max_length, config.max_response_length)
+        own, positions = start.template.settings, getattr(start.model.config, "max_position_embeddings", None)
+        asked, usual = (config.max_length, config.max_response_length), (own.max_length, own.max_response_length)
+        lengths = fitting_lengths(asked, usual, positions)
+        start.template = start.template.with_lengths(*lengths)
     else:
         start = from_language_model(
             directory if local else config.model,
-            max_length=config.max_length or 16384,
-            max_response_length=config.max_response_length or 4096,
+            max_length=config.max_length,
+            max_response_length=config.max_response_length,
             dtype=dtype,
             in_4bit=in_4bit,
         )
@@ -236,7 +251,7 @@ def _starting_model(config: TrainConfig) -> RewardModel:
 
 
 def _tokenizer(config: PretrainConfig) -> Tokenizer:
-    triples = islice(_read(read_triples, config.data, config), TOKENIZER_TRAINING_TRIPLES)
+    triples = islice(Reading(read_triples, config.data, config.on_bad_row), TOKENIZER_TRAINING_TRIPLES)
     texts = (
         text_of(text)
         for triple in triples
@@ -249,15 +264,7 @@ def _scratch_model(config: PretrainConfig, tokenizer: Tokenizer) -> RewardModel:
     return from_scratch(
         tokenizer,
         config.scratch,
-        max_length=config.max_length or config.scratch.max_positions,
-        max_response_length=config.max_response_length or 1024,
+        max_length=config.max_length,
+        max_response_length=config.max_response_length,
         seed=config.seed,
     )
-
-
-def _read(read: Any, paths: Sequence[str], config: TrainConfig) -> Iterator[Any]:
-    for path in paths:
-        report = ReadReport()
-        yield from read(path, on_bad_row=config.on_bad_row, report=report)
-        if report.skipped:
-            log.warning("%s: skipped %d of %d rows", path, report.skipped, report.read + report.skipped)

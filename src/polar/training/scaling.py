@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from polar.errors import InputError
+from polar.template import CHECKPOINT_FILE
 from polar.training.config import PretrainConfig
 from polar.training.scratch import ScratchConfig
 
@@ -157,7 +158,7 @@ def _train(name: str, config: PretrainConfig) -> list[Point]:
     from polar.model.reward_model import RewardModel
     from polar.training.run import pretrain
 
-    finished = (Path(config.output) / "config.json").exists()
+    finished = (Path(config.output) / CHECKPOINT_FILE).exists()
     model = RewardModel.load(config.output) if finished else pretrain(config)
     training = model.provenance["training"]
     state = json.loads((Path(config.output) / "run" / "trainer_state.json").read_text("utf-8"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from polar.model.files import checkpoint_directory, reason
 from polar.model.reward_model import RewardModel
 from polar.model.weights import load_weights
 from polar.template import Template, TemplateSettings
+
+log = logging.getLogger(__name__)
 
 PAD, BOS, SPLIT, SCORE = "<pad>", "<s>", "<|reward|>", "<|score|>"
 
@@ -65,10 +68,42 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def fitting_lengths(
+    asked: tuple[int | None, int | None], usual: tuple[int, int], positions: int | None
+) -> tuple[int, int]:
+    """The longest input and the longest response in tokens: what is asked, else the usual, else what there is room for.
+
+    Args:
+        asked: max_length and max_response_length as the user set them.
+        usual: Both, where they are not set and fit.
+        positions: How long an input of the model can be, as far as that is limited.
+
+    Raises:
+        InputError: the model is not made for inputs as long as asked.
+    """
+    max_length, max_response_length = asked
+    if max_length is not None and positions is not None and max_length > positions:
+        raise InputError(f"max_length is {max_length}, but the model has {positions} positions; set at most that many")
+    if max_length is None:
+        max_length = usual[0] if positions is None else min(usual[0], positions)
+    if max_response_length is None:
+        fits = 2 * usual[1] + 3 <= max_length  # reference and candidate, with the special tokens
+        max_response_length = usual[1] if fits else max(1, max_length // 4)
+    if (max_length, max_response_length) != (asked[0] or usual[0], asked[1] or usual[1]):
+        log.info(
+            "max_length %d, max_response_length %d: the usual %d and %d have no room; set them to change that",
+            *(max_length, max_response_length, *usual),
+        )
+    return max_length, max_response_length
+
+
 def from_scratch(
-    tokenizer: Tokenizer, config: ScratchConfig, *, max_length: int, max_response_length: int, seed: int
+    tokenizer: Tokenizer, config: ScratchConfig, *, max_length: int | None, max_response_length: int | None, seed: int
 ) -> RewardModel:
-    """A small Llama reward model with weights that let attention find equal tokens (`_match_equal_tokens`)."""
+    """A small Llama reward model with weights that let attention find equal tokens (`_match_equal_tokens`).
+
+    Its lengths are those of `fitting_lengths`.
+    """
     if config.hidden_size % config.num_heads or (config.hidden_size // config.num_heads) % 4:
         raise InputError(
             f"scratch: hidden_size {config.hidden_size} must be num_heads ({config.num_heads}) times a multiple of 4"
@@ -96,14 +131,9 @@ def from_scratch(
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=SCORE, pad_token=PAD, padding_side="right"
     )
-    settings = TemplateSettings(
-        split_token_id=split,
-        score_token_id=score,
-        bos_token_id=bos,
-        max_length=max_length,
-        max_response_length=max_response_length,
-    )
-    return RewardModel(model, wrapped, Template(tokenizer, settings), {"start": "from scratch"})
+    lengths = fitting_lengths((max_length, max_response_length), (config.max_positions, 1024), config.max_positions)
+    settings = TemplateSettings(split, score, bos, *lengths)
+    return RewardModel(model, wrapped, Template(tokenizer, settings))
 
 
 @torch.no_grad()
@@ -139,14 +169,15 @@ def _match_equal_tokens(model: Any) -> None:
 def from_language_model(
     directory: str | Path,
     *,
-    max_length: int,
-    max_response_length: int,
+    max_length: int | None,
+    max_response_length: int | None,
     dtype: torch.dtype = torch.float32,
     in_4bit: bool = False,
 ) -> RewardModel:
     """A reward model on top of a causal language model: its backbone, a head of zeros, two more special tokens.
 
     The head starts at zero as in XTuner 0.2 (`reward.py`); the new tokens' embeddings start at the mean of the others.
+    Its lengths are those of `fitting_lengths`.
 
     Raises:
         InputError: the directory or hub name holds no causal language model with a fast tokenizer.
@@ -170,14 +201,14 @@ def from_language_model(
     model.config.pad_token_id = tokenizer.pad_token_id
     starts_with_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    positions = getattr(model.config, "max_position_embeddings", None)
     settings = TemplateSettings(
-        split_token_id=_token_id(fast, SPLIT),
-        score_token_id=_token_id(fast, SCORE),
-        bos_token_id=tokenizer.bos_token_id if starts_with_bos else None,
-        max_length=min(max_length, getattr(model.config, "max_position_embeddings", max_length)),
-        max_response_length=max_response_length,
+        _token_id(fast, SPLIT),
+        _token_id(fast, SCORE),
+        tokenizer.bos_token_id if starts_with_bos else None,
+        *fitting_lengths((max_length, max_response_length), (16384, 4096), positions),
     )
-    return RewardModel(model, tokenizer, Template(fast, settings), {"start": str(directory)})
+    return RewardModel(model, tokenizer, Template(fast, settings))
 
 
 def _token_id(tokenizer: Tokenizer, token: str) -> int:

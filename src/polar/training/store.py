@@ -7,7 +7,7 @@ and refuses training data that changed meanwhile, since its position in the stre
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ BATCH = 1000
 """Most examples that are written at a time."""
 BATCH_TOKENS = 1 << 18
 """Tokens after which they are written, whatever their number; they take less than 100 MB of memory."""
-FINGERPRINT = b"polar"
+FINGERPRINT, SUMMARY = b"polar", b"summary"
 
 
 class ExampleStore:
@@ -45,8 +45,12 @@ class ExampleStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        file = pa.ipc.open_file(pa.memory_map(str(path)))
+        table = file.read_all()
         self.fingerprint: dict[str, Any] = json.loads(table.schema.metadata[FINGERPRINT])
+        _, last = file.get_batch_with_custom_metadata(file.num_record_batches - 1)
+        self.summary: dict[str, Any] = json.loads(last[SUMMARY]) if last else {}
+        """What was found out while the examples were made."""
         self.lengths: NDArray[np.int64] = table["length"].to_numpy()
         """Tokens of every example's row."""
         self._table = table.drop_columns(["length"])
@@ -56,7 +60,7 @@ class ExampleStore:
 
     def __getitem__(self, number: int) -> Example:
         (row,) = self._table.slice(number, 1).to_pylist()
-        # How much was cut is counted when examples are made; training does not ask again.
+        # How much was cut is counted when examples are made (`polar.training.reading`); training does not ask again.
         cut = [Truncation(0, 0, 0)] * len(row["branches"])
         group = EncodedGroup(row["prefix"], row["branches"], cut, row["reference"])
         return Example(group, tuple((better, worse) for better, worse in row["pairs"]), row["name"], row["margin"])
@@ -66,13 +70,16 @@ class ExampleStore:
         return ExampleStore, (self.path,)
 
 
-def write_examples(path: Path, examples: Iterable[Example], fingerprint: dict[str, Any]) -> ExampleStore:
+def write_examples(
+    path: Path, examples: Iterable[Example], fingerprint: dict[str, Any], summary: Callable[[], dict[str, Any]] = dict
+) -> ExampleStore:
     """Write examples to a file that appears when it is complete, and open it.
 
     Args:
         path: The file.
         examples: Consumed once.
         fingerprint: What the examples depend on, see `fingerprint_of`.
+        summary: Gives what was found out about them; called after the last one.
 
     Raises:
         InputError: there are no examples, or the disk is full.
@@ -85,7 +92,9 @@ def write_examples(path: Path, examples: Iterable[Example], fingerprint: dict[st
         with on_disk(path), pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:
             for rows in _batches(examples):
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
-        if writer.stats.num_record_batches == 0:
+            found = {SUMMARY: json.dumps(summary()).encode()}
+            writer.write_batch(pa.RecordBatch.from_pylist([], schema=schema), found)
+        if writer.stats.num_record_batches == 1:
             raise InputError("no training examples; expected at least one row to train on")
         temporary.replace(path)
     finally:
@@ -105,8 +114,8 @@ def open_examples(path: Path, fingerprint: dict[str, Any]) -> ExampleStore | Non
     for name, value in fingerprint.items():
         if store.fingerprint.get(name) != value:
             raise InputError(
-                f"{path}: the run that was begun here had other training data or settings ({name}); go on with the "
-                "same ones, or choose another output"
+                f"{path}: the run that was begun here had other training data or settings ({name}); "
+                "go on with the same ones, or choose another output"
             )
     return store
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
+from polar.errors import InputError
 from polar.training.batches import Example
-from polar.training.processes import together
+from polar.training.finite import FiniteLosses
+from polar.training.processes import alone
 from polar.training.progress import Progress
 from polar.training.speed import Meter
 from polar.training.stream import BatchStream, held_out_batches
@@ -36,10 +39,11 @@ class RewardTrainer(Trainer):
         self.stream = stream
         self._share = share
         self._meter = Meter(self.model.model, self.args.device)  # type: ignore[union-attr]
-        self._progress = Progress()
+        self._progress, self._finite = Progress(), FiniteLosses(self.model)  # type: ignore[arg-type]
         for theirs in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(theirs)
         self.add_callback(self._progress)
+        self.add_callback(self._finite)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own; the terminal is left as it was found, however it ends."""
@@ -76,8 +80,9 @@ class RewardTrainer(Trainer):
     ) -> Any:
         """The discriminator's own loss; what the next log line tells about it is counted."""
         self._meter.start()
-        with together():
+        with alone():
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self._finite.add(loss, inputs["names"])
         self._meter.add(inputs["batch"], len(inputs["labels"]), outputs["margins"])
         return (loss, outputs) if return_outputs else loss
 
@@ -90,7 +95,11 @@ class RewardTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Bradley-Terry loss (under every objective), accuracy (ties one half) and mean margin of held-out pairs."""
+        """Bradley-Terry loss (under every objective), accuracy (ties one half) and mean margin of held-out pairs.
+
+        Raises:
+            InputError: a margin is not finite, on whichever process.
+        """
         self._meter.pause()
         store = self.eval_dataset if eval_dataset is None else eval_dataset
         batches = held_out_batches(store.lengths, self.args.eval_batch_size, self.stream.batch_tokens)  # type: ignore[union-attr]
@@ -98,15 +107,22 @@ class RewardTrainer(Trainer):
         # A process that has no batch left repeats the first one, since sharded models compute together; not counted.
         own = [turn + self.args.process_index for turn in turns]
         margins: list[float] = []
+        broken: list[str] = []
         self.model.eval()  # type: ignore[union-attr]
         loader = self._loader(store, [batches[turn if turn < len(batches) else 0] for turn in own])
         self.callback_handler.eval_dataloader = loader
         for turn, inputs in zip(own, loader, strict=True):
-            with torch.no_grad(), self.compute_loss_context_manager(), together():
-                found = self.model(**self._prepare_inputs(inputs))["margins"]  # type: ignore[misc]
-            margins += found.float().tolist() if turn < len(batches) else []
+            with torch.no_grad(), self.compute_loss_context_manager(), alone():
+                found = self.model(**self._prepare_inputs(inputs))["margins"].float().tolist()  # type: ignore[misc]
+            margins += found if turn < len(batches) else []
+            broken += [] if all(map(math.isfinite, found)) else inputs["names"]
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.train()  # type: ignore[union-attr]
+        if broken := gather_object(broken):
+            raise InputError(
+                f"a reward is not finite in the batch of held-out records {', '.join(broken)}; look at these records, "
+                "or use a lower learning_rate"
+            )
         margin = torch.tensor(gather_object(margins))
         metrics = {
             f"{metric_key_prefix}_loss": float(nn.functional.softplus(-margin).mean()),
