@@ -52,6 +52,8 @@ class Launch:
     """Sent to this process in its micro-batch of this number."""
     infinite: tuple[int, int] | None = None
     """Likewise, where the loss is made infinite."""
+    refused: tuple[int, int] | None = None
+    """Likewise, where the batch is refused before it comes to the model."""
 
 
 # ------------------------------------------------------------------------------------------------ started processes
@@ -107,9 +109,20 @@ def process(start: Launch, directory: Path) -> int:
         at_micro_batch(start.sigterm[1], lambda _: os.kill(os.getpid(), signal.SIGTERM))
     if start.infinite and start.infinite[0] == number:
         at_micro_batch(start.infinite[1], lambda inputs: inputs["margin_N"].fill_(torch.inf))
+    if start.refused and start.refused[0] == number:
+        at_micro_batch(start.refused[1], lambda _: refuse_batches())
     data = ["--data", str(directory / "triples.jsonl"), "--eval-data", str(directory / "held-out.jsonl")]
     output = ["--output", str(directory / start.output), "--batch-size", str(start.batch_size)]
     return main(["pretrain", *data, *output, *FLAGS, *start.flags])
+
+
+def refuse_batches() -> None:
+    from polar.training import discriminator
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise InputError("an input is too long for this model")
+
+    discriminator.hidden_states = refuse  # type: ignore[assignment]
 
 
 def at_micro_batch(count: int, event: Callable[[dict[str, Any]], object]) -> None:
@@ -206,6 +219,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
         Launch("copies-on-one", processes=1, batch_size=8, copy_of="copies"),
         Launch("unsharded", copy_of="stopped"),
         Launch("infinite", infinite=(1, 2), **fsdp),
+        Launch("refused", refused=(1, 2), **fsdp),
         Launch("bad-row", flags=["--eval-data", str(directory / "bad.jsonl")]),
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -276,6 +290,13 @@ def test_what_is_wrong_is_said_once_and_ends_all_processes(output: str, message:
     assert message in errors[0]
     assert "Traceback" not in done.printed(output, 0)
     assert not [line for line in done.printed(output, 1).splitlines() if "kernels" not in line]
+
+
+def test_what_one_process_finds_inside_the_model_ends_all_without_waiting(done: Done) -> None:
+    """The others are in the exchange of weights there: they see the connection break, and launchers end them too."""
+    assert done.codes["refused"][1] == 2
+    assert done.codes["refused"][0] not in (0, -signal.SIGALRM)
+    assert "process 1: an input is too long for this model" in " ".join(done.printed("refused", 1).split())
 
 
 @pytest.mark.parametrize(

@@ -303,6 +303,26 @@ def test_rows_of_tokens_are_trained_on_and_gone_on_with(triples: str, tmp_path: 
     assert rates[-1] < 0.8e-5  # it decays at the end
 
 
+def test_micro_batches_ask_no_other_process(triples: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only optimizer steps do, once about losses and once about signals; the rest is before and after the training."""
+    asked = []
+
+    def largest(number: int) -> int:
+        asked.append(number)
+        return number
+
+    for module in ("processes", "checkpoints"):
+        monkeypatch.setattr(f"polar.training.{module}.largest", largest)
+    counts = []
+    for number, (steps, parts) in enumerate([(1, 1), (2, 1), (2, 4)]):
+        asked.clear()
+        values = {"max_steps": steps, "gradient_accumulation": parts, "batch_size": 8 // parts}
+        pretrain(config(triples, tmp_path / str(number), **values))
+        counts.append(len(asked))
+    assert counts[1] == counts[0] + 2
+    assert counts[2] == counts[1]
+
+
 def test_gradient_checkpointing_gives_the_same_weights(triples: str, tmp_path: Path) -> None:
     plain = pretrain(config(triples, tmp_path / "plain"))
     thrifty = pretrain(config(triples, tmp_path / "thrifty", gradient_checkpointing=True))
