@@ -150,6 +150,16 @@ def test_an_output_directory_must_be_new(words: list[str], tmp_path: Path) -> No
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("output", ["file", "file/below"])
+def test_an_output_that_cannot_be_written_is_one_line(
+    output: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main(changed(words, "--reward", "exact", "--output", str(tmp_path / output))) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("polar: error: ")]
+    assert str(tmp_path / output) in line
+
+
 @pytest.mark.parametrize(
     ("output", "verdict"),
     [("It is 4.", 1), ("First 3, then 4", 1), ("4 or 5", 0), ("four", 0), ("", 0), ("<think>4</think>5", 0)],

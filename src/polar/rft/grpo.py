@@ -25,6 +25,7 @@ from polar.rft.named_rewards import named_reward, verifier
 from polar.rft.samples import Thinking
 from polar.rft.tasks import Task, read_task
 from polar.rft.thinking import opens_thinking
+from polar.writing import on_disk
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +60,9 @@ def train(config: RftConfig) -> list[Measurement]:
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     output = Path(config.output)
-    if output.exists() and any(output.iterdir()):
-        raise InputError(f"{output}: holds files already; choose a new directory")
+    with on_disk(output):
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise InputError(f"{output}: is a file or holds files already; choose a new directory")
     tasks, held_out = read_tasks(config.data), read_tasks(config.eval_data) if config.eval_data else []
     verified = all(task.answer is not None for task in [*tasks, *held_out])
     if not verified and (config.guard or config.reward == "exact"):
@@ -72,8 +74,9 @@ def train(config: RftConfig) -> list[Measurement]:
     thinking: Thinking = "opened" if template_opens_thinking(tokenizer) else "strip"
     reward = named_reward(config, thinking)
     truth = verifier(config.answer_pattern, thinking) if verified else None
-    output.mkdir(parents=True, exist_ok=True)
-    config.save(output / "config.yaml")
+    with on_disk(output):
+        output.mkdir(parents=True, exist_ok=True)
+        config.save(output / "config.yaml")
     examiner = Examiner(config, held_out, reward, truth, tokenizer)
     watch = Watch(config, output, examiner)
     arguments = GRPOConfig(
