@@ -114,8 +114,8 @@ def test_triples_and_trajectories(tmp_path):
     ],
 )
 def test_text_values(tmp_path, value, expected):
-    data = save(tmp_path / "a.jsonl", {**COMPARISON, "output": value})
-    assert next(read_comparisons(data)).output == expected
+    data = save(tmp_path / "a.jsonl", {**COMPARISON, "prompt": value})
+    assert next(read_comparisons(data)).prompt == expected
 
 
 # Foreign preference data: row, reference column, format, preferences
@@ -225,12 +225,6 @@ def test_shared_ranks_become_pairs(tmp_path):
     assert [record.ranked for record in read_preferences(data)] == [("a", "b"), ("a", "c")]
 
 
-def test_rows_of_our_own_are_taken_literally(tmp_path):
-    row = {"prompt": "q", "reference": "r", "chosen": [USER, GOOD], "rejected": [USER, BAD]}
-    (record,) = read_preferences(save(tmp_path / "a.jsonl", row))
-    assert record == Preference("q", "r", (PROMPT + BEST, PROMPT + WORST))
-
-
 @pytest.mark.parametrize("column", ["chosen", "rejected", "ranked", "completions"])
 def test_no_answer_becomes_the_reference(tmp_path, column):
     row = {"prompt": "p", "reference": "r", "chosen": "g", "rejected": "b"}
@@ -334,6 +328,11 @@ MISTAKES = [
         'field "margin": expected a finite number, found the number nan',
     ),
     (read_preferences, {**PAIR, "margin": 10**400}, 'field "margin": expected a finite number, found the number 1000'),
+    (
+        read_preferences,
+        {**PAIR, "margin": -1},
+        'field "margin": expected 0 or more (chosen is the better answer), found -1',
+    ),
     (read_preferences, {**PAIR, "margin": "2"}, 'field "margin": expected a finite number, found the string "2"'),
     (read_preferences, {**PAIR, "domain": ["x"]}, 'field "domain": expected a string, found a list'),
     (read_preferences, {**PAIR, "rejected": None}, f'field "rejected": {TEXT}, found null'),
@@ -347,8 +346,8 @@ MISTAKES = [
     ),
     (
         read_preferences,
-        {"chosen": [USER, GOOD], "rejected": [BAD, GOOD], "reference": "r"},
-        "expected two conversations that begin with the same prompt, found nothing in common",
+        {"chosen": [USER, GOOD], "rejected": [{**USER, "content": "w"}, GOOD], "reference": "r"},
+        "expected conversations that begin with the same prompt, found nothing in common",
     ),
     (read_preferences, {"chosen": HH, "rejected": "b"}, f'field "rejected": {TURNS}, found the string "b"'),
     (

@@ -3,11 +3,13 @@
 A text is a string, a list of {role, content} messages, or such a list as a JSON string (common in Parquet files): a
 string is read as messages only if it is JSON for a non-empty list of objects that all have role and content. The
 content of a message may be a list of parts of type "text", which are joined. A field that is null counts as absent.
+A list of messages as Python prints it, which is what a CSV file makes of such a column, is an error.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from typing import cast
@@ -16,6 +18,8 @@ from polar.errors import InputError
 from polar.records import Message, Text
 
 TEXT = "a string or a list of messages"
+PRINTED = re.compile(r"\s*\[\s*\{\s*'(role|content)'\s*:.*\}\s*\]\s*", re.DOTALL)
+"""Messages as Python prints them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,8 @@ def as_text(row: Row, where: str, value: object) -> Text:
     """A value as text; `where` names its place in the row."""
     if isinstance(value, str):
         messages = messages_in(value)
+        if messages is None and PRINTED.fullmatch(value):
+            raise row.error(where, f"{TEXT} (in a string: as JSON)", "messages as Python prints them; use json.dumps")
         if messages is None:
             return as_string(row, where, value)
         value = messages

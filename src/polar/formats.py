@@ -13,17 +13,18 @@ fields, in this order:
 | prompt, completions with text or response, score | scored answers | UltraFeedback, Nectar |
 
 All may have margin, domain (or subset) and wrapper beside. POLAR scores against a reference: data without one need the
-name of the column that holds it, and no answer of a row is ever taken for its reference.
+name of the column that holds it, and no answer of a row is ever taken for its reference. Where answers repeat the
+prompt, it is taken out of them (`polar.dialogues`).
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
+from polar.dialogues import HH_TURN, Dialogue, has_question, split, transcript
 from polar.errors import InputError
 from polar.fields import (
     TEXT,
@@ -40,16 +41,15 @@ from polar.fields import (
     text_at,
     texts_at,
 )
-from polar.records import Comparison, Group, Message, Preference, Text, Trajectory, Triple, Wrapper, text_of
+from polar.records import Comparison, Group, Message, Preference, Text, Trajectory, Triple, Wrapper
 from polar.references import groups_of
 
-HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 WINNERS = ("winner_model_a", "winner_model_b", "winner_tie")
+TRIPLE = ("prompt", "reference", "positive", "negative")
 ANSWERS = ("output", "candidates", "chosen", "rejected", "ranked", "response_a", "response_b", "completions")
 
-Dialogue = tuple[Message, ...]
-Rankings = list[tuple[Text, ...]]
-"""The preferences of one row: for each of them its answers, best first."""
+Ranked = dict[str, Text]
+"""The answers of a preference by their places in the row, best first."""
 
 
 class TieError(InputError):
@@ -59,14 +59,16 @@ class TieError(InputError):
 def comparison(row: Row, reference_column: str | None) -> tuple[str, list[Comparison]]:
     """Read a row with prompt, reference, output [, id, wrapper]."""
     prompt, reference, output = text_at(row, "prompt"), _reference(row, reference_column), text_at(row, "output")
+    prompt, (reference, output) = split(row, prompt, {"reference": reference, "output": output})
     return "comparison", [Comparison(prompt, reference, output, _id(row), wrapper_of(row))]
 
 
 def group(row: Row, reference_column: str | None) -> tuple[str, list[Group]]:
     """Read a row with prompt, reference, candidates [, id, wrapper]; a comparison is a group of one."""
-    prompt, reference, candidates = text_at(row, "prompt"), _reference(row, reference_column), _candidates(row)
+    prompt, reference = text_at(row, "prompt"), _reference(row, reference_column)
+    prompt, (reference, *candidates) = split(row, prompt, {"reference": reference, **_candidates(row)})
     name = "group" if row.has("candidates") else "comparison"
-    return name, [Group(prompt, reference, candidates, _id(row), wrapper_of(row))]
+    return name, [Group(prompt, reference, tuple(candidates), _id(row), wrapper_of(row))]
 
 
 def groups(row: Row) -> tuple[str, list[tuple[Group, ...]]]:
@@ -76,14 +78,16 @@ def groups(row: Row) -> tuple[str, list[tuple[Group, ...]]]:
         return name, [(one,)]
     if row.has("reference"):
         raise row.error("references", "either reference or references", "both")
-    prompt, references = text_at(row, "prompt"), texts_at(row, "references", at_least=1)
-    return "several references", [groups_of(prompt, references, _candidates(row), _id(row), wrapper_of(row))]
+    prompt, references = text_at(row, "prompt"), named("references", texts_at(row, "references", at_least=1))
+    prompt, answers = split(row, prompt, references | _candidates(row))
+    several, candidates = answers[: len(references)], answers[len(references) :]
+    return "several references", [groups_of(prompt, several, candidates, _id(row), wrapper_of(row))]
 
 
 def triple(row: Row) -> tuple[str, list[Triple]]:
     """Read a row with prompt, reference, positive, negative [, policy, negative_policy, wrapper, strategy]."""
-    prompt, reference = text_at(row, "prompt"), text_at(row, "reference")
-    positive, negative = text_at(row, "positive"), text_at(row, "negative")
+    prompt, *answers = (text_at(row, field) for field in TRIPLE)
+    prompt, (reference, positive, negative) = split(row, prompt, dict(zip(TRIPLE[1:], answers, strict=True)))
     policies = optional_string(row, "policy"), optional_string(row, "negative_policy")
     strategy = optional_string(row, "strategy")
     return "triple", [Triple(prompt, reference, positive, negative, *policies, wrapper_of(row), strategy)]
@@ -95,6 +99,7 @@ def trajectory(row: Row) -> tuple[str, list[Trajectory]]:
     The decoding may also be a JSON object in meta.
     """
     prompt, policy, output = text_at(row, "prompt"), string_at(row, "policy"), text_at(row, "output")
+    prompt, (output,) = split(row, prompt, {"output": output})
     decoding = json_object(row.fields.get("decoding" if row.has("decoding") else "meta"))
     if decoding is None and row.has("decoding"):
         raise row.wrong("decoding", "an object")
@@ -106,32 +111,45 @@ def trajectory(row: Row) -> tuple[str, list[Trajectory]]:
 
 def preference(row: Row, reference_column: str | None) -> tuple[str, list[Preference]]:
     """Read a row of preference data in any of the formats above: the name of the format and its preferences."""
+    name, prompt, rankings = _rankings(row, reference_column)
+    found = [_preference(row, reference_column, prompt, ranked, margin) for ranked, margin in rankings]
+    if prompt is not None and any(one.prompt is not prompt for one in found):
+        name += ", repeated in the answers"
+    return name, found
+
+
+def _rankings(row: Row, reference_column: str | None) -> tuple[str, Text | None, list[tuple[Ranked, float | None]]]:
+    """The name of the format, the prompt of the row if it has one, and rankings with their margins."""
+    prompt: Text | None
     if row.has("ranked"):
-        name, prompt, rankings = "ranked list", text_at(row, "prompt"), [texts_at(row, "ranked", at_least=2)]
+        name, prompt = "ranked list", text_at(row, "prompt")
+        rankings = [named("ranked", texts_at(row, "ranked", at_least=2))]
     elif row.has("chosen") or row.has("rejected"):
         name, prompt, rankings = _pair(row, reference_column)
     elif row.has("response_a") or row.has("response_b"):
-        name, prompt, rankings = _arena(row)
+        name, prompt, rankings = "arena pairs", None, [_arena(row)]
     elif row.has("completions") and row.has("context"):
         name, prompt, rankings = "NeMo-RL", text_at(row, "context"), _by_rank(row)
     elif row.has("completions"):
-        return "scored answers", [
-            _preference(row, reference_column, text_at(row, "prompt"), pair, gap) for pair, gap in _by_score(row)
-        ]
+        return "scored answers", text_at(row, "prompt"), _by_score(row)
     else:
         raise InputError(
             f"{row.place}: expected a preference (chosen and rejected, ranked, response_a and response_b, or "
             f"completions), found the fields {json.dumps(sorted(row.fields))}"
         )
     margin = as_number(row, "margin", row.fields["margin"]) if row.has("margin") else None
-    return name, [_preference(row, reference_column, prompt, ranked, margin) for ranked in rankings]
+    if margin is not None and margin < 0:
+        raise row.error("margin", "0 or more (chosen is the better answer)", f"{margin:g}")
+    return name, prompt, [(ranked, margin) for ranked in rankings]
 
 
 def _preference(
-    row: Row, reference_column: str | None, prompt: Text, ranked: tuple[Text, ...], margin: float | None
+    row: Row, reference_column: str | None, prompt: Text | None, ranked: Ranked, margin: float | None
 ) -> Preference:
+    answers = {"reference": _reference(row, reference_column), **ranked}
+    prompt, (reference, *best_first) = split(row, prompt, answers)
     domain = optional_string(row, "domain" if row.has("domain") else "subset")
-    return Preference(prompt, _reference(row, reference_column), ranked, margin, domain, wrapper_of(row))
+    return Preference(prompt, reference, tuple(best_first), margin, domain, wrapper_of(row))
 
 
 # Fields that several formats share
@@ -146,8 +164,15 @@ def _reference(row: Row, reference_column: str | None) -> Text:
     return text_at(row, reference_column or "reference")
 
 
-def _candidates(row: Row) -> tuple[Text, ...]:
-    return texts_at(row, "candidates", at_least=1) if row.has("candidates") else (text_at(row, "output"),)
+def _candidates(row: Row) -> dict[str, Text]:
+    if row.has("candidates"):
+        return named("candidates", texts_at(row, "candidates", at_least=1))
+    return {"output": text_at(row, "output")}
+
+
+def named(field: str, texts: Sequence[Text]) -> dict[str, Text]:
+    """The texts of a list by their places in the row."""
+    return {f"{field}[{number}]": text for number, text in enumerate(texts)}
 
 
 def wrapper_of(row: Row) -> Wrapper:
@@ -178,81 +203,40 @@ def _id(row: Row) -> str | int | None:
 # Pairs: POLAR, TRL, RewardBench, HH-RLHF
 
 
-def _pair(row: Row, reference_column: str | None) -> tuple[str, Text, Rankings]:
-    chosen = row.fields.get("chosen")
-    if not row.has("prompt"):
-        if isinstance(chosen, str) and HH_TURN.match(chosen):
-            return "HH-RLHF transcripts", *_split(row, transcript(row, "chosen"), transcript(row, "rejected"))
-        return "TRL implicit prompt", *_split(row, _messages(row, "chosen"), _messages(row, "rejected"))
-    prompt = text_at(row, "prompt")
+def _pair(row: Row, reference_column: str | None) -> tuple[str, Text | None, list[Ranked]]:
+    chosen, rejected = row.fields.get("chosen"), row.fields.get("rejected")
+    prompt = text_at(row, "prompt") if row.has("prompt") else None
+    if isinstance(chosen, str) and HH_TURN.match(chosen) and (prompt is None or HH_TURN.match(str(rejected))):
+        pair: Ranked = {field: transcript(row, field) for field in ("chosen", "rejected")}
+        return "HH-RLHF transcripts", prompt, [pair]
+    if prompt is None:
+        return "TRL implicit prompt", None, [{field: _conversation(row, field) for field in ("chosen", "rejected")}]
     if isinstance(chosen, list) and chosen and isinstance(chosen[0], str):
-        good, bad = texts_at(row, "chosen", at_least=1), texts_at(row, "rejected", at_least=1)
-        return "RewardBench 2", prompt, [(best, worst) for best in good for worst in bad]
-    best, worst = text_at(row, "chosen"), text_at(row, "rejected")
-    if reference_column is None:
-        return "POLAR pairs", prompt, [(best, worst)]
-    if isinstance(best, tuple) and isinstance(worst, tuple):
-        shared = _shared(best, worst)
-        if shared and text_of(best[:shared]) == text_of(prompt):  # as in ultrafeedback_binarized
-            return "TRL explicit prompt, repeated in the answers", *_split(row, best, worst)
-    return "RewardBench" if row.has("subset") else "TRL explicit prompt", prompt, [(best, worst)]
+        good, bad = (named(field, texts_at(row, field, at_least=1)) for field in ("chosen", "rejected"))
+        return "RewardBench 2", prompt, [dict(pair) for pair in product(good.items(), bad.items())]
+    name = "POLAR pairs" if reference_column is None else "RewardBench" if row.has("subset") else "TRL explicit prompt"
+    return name, prompt, [{field: text_at(row, field) for field in ("chosen", "rejected")}]
 
 
-def _messages(row: Row, field: str) -> Dialogue:
+def _conversation(row: Row, field: str) -> Text:
     messages = text_at(row, field)
-    if isinstance(messages, str):
+    if not has_question(messages):
         raise row.wrong(field, "a list of messages that begins with the prompt (or a field prompt beside it)")
     return messages
-
-
-def transcript(row: Row, field: str) -> Dialogue:
-    """Turns of an HH-RLHF transcript; empty turns are kept.
-
-    Raises:
-        InputError: turns do not alternate from Human to Assistant.
-    """
-    before, *pieces = HH_TURN.split(string_at(row, field))
-    speakers, contents = pieces[::2], pieces[1::2]
-    if before or not speakers or speakers != ["Human", "Assistant"] * (len(speakers) // 2):
-        found = describe(before) if before else ", ".join(speakers[-4:])
-        raise row.error(field, "turns of Human and Assistant in alternation, Assistant last", found)
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = zip(speakers, contents, strict=True)
-    return tuple(Message(roles[speaker], content.removeprefix(" ")) for speaker, content in turns)
-
-
-def _shared(first: Dialogue, second: Dialogue) -> int:
-    """How many messages both begin with; the last message of each always stays an answer."""
-    shared = 0
-    while shared < min(len(first), len(second)) - 1 and first[shared] == second[shared]:
-        shared += 1
-    return shared
-
-
-def _split(row: Row, better: Dialogue, worse: Dialogue) -> tuple[Text, Rankings]:
-    """Two conversations become their common beginning and the two answers to it."""
-    shared = _shared(better, worse)
-    if not shared:
-        raise InputError(
-            f"{row.place}: expected two conversations that begin with the same prompt, found nothing in common"
-        )
-    return better[:shared], [(better[shared:], worse[shared:])]
 
 
 # Arena pairs
 
 
-def _arena(row: Row) -> tuple[str, Text, Rankings]:
+def _arena(row: Row) -> Ranked:
     won = [name for name in WINNERS if row.fields.get(name) == 1]
     if len(won) != 1:
         raise row.error("winner_*", f"1 in one of {', '.join(WINNERS)}", f"it in {len(won)}")
     if won == ["winner_tie"]:
         raise TieError(f"{row.place}: a tie prefers no answer")
     prompts = _turns(row, "prompt")
-    dialogues = [_dialogue(row, prompts, "response_a"), _dialogue(row, prompts, "response_b")]
-    if won == ["winner_model_b"]:
-        dialogues.reverse()
-    return "arena pairs", *_split(row, *dialogues)
+    best, worst = ("response_a", "response_b") if won == ["winner_model_a"] else ("response_b", "response_a")
+    return {best: _dialogue(row, prompts, best), worst: _dialogue(row, prompts, worst)}
 
 
 def _dialogue(row: Row, prompts: Sequence[str], field: str) -> Dialogue:
@@ -277,7 +261,7 @@ def _turns(row: Row, field: str) -> list[str]:
 # Several graded answers: NeMo-RL, UltraFeedback, Nectar
 
 
-def _graded(row: Row, grade: str, *answer_fields: str) -> list[tuple[float, Text]]:
+def _graded(row: Row, grade: str, *answer_fields: str) -> list[tuple[float, Ranked]]:
     """Grade and answer of each completion, lowest grade first."""
     graded = []
     for i, item in enumerate(list_at(row, "completions", "a list of completions", at_least=2)):
@@ -285,25 +269,25 @@ def _graded(row: Row, grade: str, *answer_fields: str) -> list[tuple[float, Text
         if not isinstance(item, dict):
             raise row.error(where, "an object", describe(item))
         field = next((name for name in answer_fields if item.get(name) is not None), answer_fields[0])
-        answer = as_text(row, f"{where}.{field}", item.get(field))
+        answer = {f"{where}.{field}": as_text(row, f"{where}.{field}", item.get(field))}
         graded.append((as_number(row, f"{where}.{grade}", item.get(grade)), answer))
     if len({number for number, _ in graded}) == 1:
         raise TieError(f"{row.place}: a tie, all completions have the same {grade}")
-    return sorted(graded, key=lambda pair: pair[0])
+    return sorted(graded, key=lambda one: one[0])
 
 
-def _by_rank(row: Row) -> Rankings:
+def _by_rank(row: Row) -> list[Ranked]:
     """One ranked list, lowest rank first; if ranks are shared, all pairs of different ranks."""
     graded = _graded(row, "rank", "completion")
     if len({rank for rank, _ in graded}) == len(graded):
-        return [tuple(answer for _, answer in graded)]
-    return [(better, worse) for (low, better), (high, worse) in combinations(graded, 2) if low < high]
+        return [{place: text for _, answer in graded for place, text in answer.items()}]
+    return [better | worse for (low, better), (high, worse) in combinations(graded, 2) if low < high]
 
 
-def _by_score(row: Row) -> list[tuple[tuple[Text, Text], float]]:
+def _by_score(row: Row) -> list[tuple[Ranked, float | None]]:
     """All pairs of answers with different scores, better one first, and the gap between their scores."""
     graded = _graded(row, "score", "text", "response")
-    return [((better, worse), high - low) for (low, worse), (high, better) in combinations(graded, 2) if low < high]
+    return [(better | worse, high - low) for (low, worse), (high, better) in combinations(graded, 2) if low < high]
 
 
 LABEL = ("prompt", "references")

@@ -12,7 +12,8 @@ truncated, not Parquet) always raises. What the rows may look like is told in `p
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -20,7 +21,7 @@ from typing import Literal, TypeVar
 from polar import formats
 from polar.errors import InputError
 from polar.fields import Row
-from polar.records import Comparison, Group, Preference, Trajectory, Triple
+from polar.records import Comparison, Group, Preference, Text, Trajectory, Triple, is_blank
 from polar.sources import sources
 
 __all__ = [
@@ -58,6 +59,8 @@ class ReadReport:
     """The formats that were met, in order, separated by semicolons."""
     first_reasons: list[str] = field(default_factory=list)
     """Why the first few rows were skipped."""
+    doubtful: Counter[str] = field(default_factory=Counter)
+    """Rows that were read though a text in them is empty, by which."""
 
     def skip(self, error: InputError) -> None:
         """Count a skipped row; the first few are logged as warnings."""
@@ -67,6 +70,19 @@ class ReadReport:
             log.warning("row skipped: %s", error)
         elif self.skipped == SHOWN + 1:
             log.warning("more rows are skipped; they are counted but not shown")
+
+    def look_for_empty(self, row: Row, references: Iterable[Text], preferred: Iterable[Text]) -> None:
+        """Count a row with an empty reference, or an empty answer that it prefers to another; the first is logged."""
+        for what, texts in (("an empty reference", references), ("an empty answer that is preferred", preferred)):
+            if any(map(is_blank, texts)):
+                self.doubtful[what] += 1
+                if self.doubtful[what] == 1:
+                    log.warning("%s: %s; such rows are used, and counted", row.place, what)
+
+    def tell_doubts(self, path: str | Path) -> None:
+        """Log how many rows of an input were doubtful."""
+        for what, count in self.doubtful.items():
+            log.warning("%s: %d of %d rows have %s", path, count, self.read, what)
 
 
 def read_comparisons(
@@ -155,7 +171,15 @@ def _read(
             report.format = "; ".join(known)
             log.info("%s: format: %s", row.file, name)
         report.read += 1
+        flat = [one for record in records for one in (record if isinstance(record, tuple) else (record,))]
+        preferences = [one for one in flat if isinstance(one, Preference)]
+        report.look_for_empty(
+            row,
+            [one.reference for one in flat if isinstance(one, Comparison | Group | Preference)],
+            [answer for one in preferences for answer in one.ranked[:-1]],
+        )
         yield from records
+    report.tell_doubts(path)
     if not known:
         raise InputError(
             f"{path}: expected rows to use, found none: all were skipped; the first: {report.first_reasons[0]}"

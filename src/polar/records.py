@@ -36,6 +36,11 @@ def text_of(text: Text) -> str:
     return "\n".join(message.content for message in text)
 
 
+def is_blank(text: Text) -> bool:
+    """Whether there is nothing but white space."""
+    return not text_of(text).strip()
+
+
 def prompt_id(prompt: Text) -> str:
     """Sixteen hex digits that name a prompt: the same for the same words under another Unicode form, case or spacing.
 

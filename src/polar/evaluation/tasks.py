@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from polar import formats
+from polar.dialogues import split
 from polar.errors import InputError
 from polar.evaluation.graded import Graded, graded, is_output, require_order, require_several, value_at, with_columns
 from polar.evaluation.items import Item
 from polar.evaluation.suites import Dataset, ReferenceSource
-from polar.fields import Row, as_number, optional_string, string_at, text_at, texts_at
+from polar.fields import Row, as_number, list_at, optional_string, string_at, text_at, texts_at
 from polar.reading import OnBadRow, ReadReport, rows
-from polar.records import Group, Text, prompt_id, text_of
+from polar.records import Group, Text, prompt_id
 
 References = Callable[[Row, Graded], tuple[Text, ...]]
 
@@ -49,11 +50,24 @@ def read_items(dataset: Dataset, on_bad_row: OnBadRow, report: ReadReport) -> It
             report.skip(error)
             continue
         report.read += len(several)
+        if not dataset.reference.absent:
+            report.look_for_empty(
+                several[0],
+                [reference for item in items for reference in (item.group.reference, *item.further_references)],
+                [answer for item in items for answer in _preferred(item)],
+            )
         for item in items:
             yield _with_slices(_with_families(item, families), seen)
+    report.tell_doubts(dataset.path)
     if not report.read:
         first = report.first_reasons[0] if report.first_reasons else "no row has the values that `where` asks for"
         raise InputError(f"{dataset.path}: expected rows to use, found none; the first reason: {first}")
+
+
+def _preferred(item: Item) -> list[Text]:
+    """The answers that are better than another one."""
+    worst = min(item.quality)
+    return [answer for answer, own in zip(item.group.candidates, item.quality, strict=True) if own > worst]
 
 
 def _row_groups(dataset: Dataset, on_bad_row: OnBadRow, report: ReadReport) -> Iterator[list[Row]]:
@@ -89,10 +103,12 @@ def _items(dataset: Dataset, several: list[Row], references: References) -> Iter
         require_several(row, each)
         if dataset.task != "best of N":
             require_order(row, each)
-        reference, *further = references(row, each)
+        answers = formats.named("answer", each.candidates)
+        prompt, texts = split(row, each.prompt, answers | formats.named("reference", references(row, each)))
+        candidates, (reference, *further) = texts[: len(answers)], texts[len(answers) :]
         yield Item(
             task=dataset.task,
-            group=Group(each.prompt, reference, each.candidates, each.id, formats.wrapper_of(row)),
+            group=Group(prompt, reference, candidates, each.id, formats.wrapper_of(row)),
             further_references=tuple(further),
             quality=each.quality,
             reference_source=str(dataset.reference),
@@ -116,17 +132,17 @@ def _joined(outputs: list[Graded]) -> Graded:
 
 
 def _discrimination(row: Row) -> Item:
-    further: tuple[Text, ...] = ()
-    if row.has("references"):
-        reference, *others = texts_at(row, "references", at_least=1)
-        row, further = replace(row, fields={**row.fields, "reference": text_of(reference)}), tuple(others)
+    several = formats.named("references", texts_at(row, "references", at_least=1)) if row.has("references") else {}
+    if several:
+        row = replace(row, fields={**row.fields, "reference": list_at(row, "references", "a list of texts", 1)[0]})
     triple = formats.triple(row)[1][0]
+    _, references = split(row, triple.prompt, several)
     return Item(
         task="policy discrimination",
         group=Group(
             triple.prompt, triple.reference, (triple.positive, triple.negative), _id(row), wrapper=triple.wrapper
         ),
-        further_references=further,
+        further_references=references[1:],
         quality=(1.0, 0.0),
         reference_source='column "reference", another sample of the policy of the better candidate',
         policies=(triple.policy, triple.negative_policy),

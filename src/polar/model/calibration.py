@@ -135,7 +135,13 @@ def read_samples(
             report.skip(error)
             continue
         report.read += 1
+        report.look_for_empty(
+            row,
+            [sample.group.reference for sample in samples],
+            [answer for sample in samples if sample.ranked for answer in sample.group.candidates[:-1]],
+        )
         yield from samples
+    report.tell_doubts(path)
 
 
 def _samples(row: Row, reference_column: str | None) -> list[Sample]:

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from polar.dialogues import split
 from polar.errors import InputError
 from polar.fields import Row, as_string, text_at, texts_at
+from polar.formats import named
 from polar.records import Text, text_of
 from polar.rft.thinking import strip_thinking
 
@@ -61,8 +63,8 @@ def read_sample(
         raise InputError(
             f"{row.place}: expected a reference in one of {', '.join(references)}, found none: POLAR scores against one"
         )
-    found = references_at(row, name)
-    return Sample(text_at(row, prompt), found, as_string(row, "output", output), row.place, opened)
+    asked, several = split(row, text_at(row, prompt), named(name, references_at(row, name)))
+    return Sample(asked, several, as_string(row, "output", output), row.place, opened)
 
 
 def as_scored(sample: Sample, thinking: Thinking = "strip") -> Sample:

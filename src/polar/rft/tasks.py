@@ -21,9 +21,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from polar.dialogues import HH_TURN, split, transcript
 from polar.errors import InputError
 from polar.fields import Row, as_text, json_object, list_at, optional_string, string_at, text_at
-from polar.formats import HH_TURN, transcript
+from polar.formats import named
 from polar.records import Message, Text, text_of
 from polar.rft.samples import references_at
 from polar.rft.thinking import THINK, opens_thinking, strip_thinking
@@ -173,10 +174,9 @@ def _question(row: Row, with_references: bool) -> Task:
 
 
 def _prompted(row: Row, column: str | None, with_references: bool) -> Task:
-    prompt = text_at(row, "prompt")
+    prompt, name = text_at(row, "prompt"), column or ("references" if row.has("references") else "reference")
+    prompt, references = split(row, prompt, named(name, references_at(row, name) if with_references else ()))
     messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    name = column or ("references" if row.has("references") else "reference")
-    references = references_at(row, name) if with_references else ()
     source, answer = optional_string(row, "data_source"), optional_string(row, "answer")
     return Task(source or "prompts", "general", _prompt(messages), tuple(map(answer_in, references)), answer)
 
