@@ -601,6 +601,40 @@ def test_parquet_rows_that_are_not_utf8(tmp_path):
     message_of(read_comparisons(data))
 
 
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        (pa.array([4 * 10**17, 0], pa.timestamp("us")), "14645-06-30 15:06:40.000000"),
+        (pa.array([3 * 10**6, 0], pa.date32()), "10183-09-21"),
+        (pa.array([0, 0], pa.timestamp("us", "Mars/Olympus")), "1970-01-01 00:00:00.000000"),
+    ],
+)
+def test_dates_that_python_cannot_express_are_text(tmp_path, values, text):
+    data = tmp_path / "a.parquet"
+    pq.write_table(pa.table({**{name: ["x", "y"] for name in COMPARISON}, "when": values}), data)
+    assert next(rows(data)).fields["when"] == text
+    assert [record.output for record in read_comparisons(data)] == ["x", "y"]
+
+
+def test_dates_inside_lists_that_python_cannot_express_name_the_row(tmp_path):
+    turns = pa.array([[{"when": 0}], [{"when": 4 * 10**17}]], pa.list_(pa.struct([("when", pa.timestamp("us"))])))
+    data, report = tmp_path / "a.parquet", ReadReport()
+    pq.write_table(pa.table({"turns": turns}), data)
+    assert len(list(rows(data, on_bad_row="skip", report=report))) == 1
+    assert report.first_reasons[0].startswith(f"{data}:2: expected values that Python can express, found a list<")
+
+
+def test_a_name_that_is_there_twice_is_an_error(tmp_path):
+    data = tmp_path / "a.parquet"
+    pq.write_table(pa.table([pa.array(["x"]), pa.array(["y"])], names=["answer", "answer"]), data)
+    assert message_of(rows(data)) == f"{data}: expected columns of different names, found 'answer' twice"
+    twice = b'{"prompt": {"a": 1, "b": 2, "a": 3}}\n'
+    message = message_of(rows(save(tmp_path / "a.jsonl", COMPARISON, twice)))
+    assert message.endswith('a.jsonl:2: expected a JSON object on one line, found the string "a" twice in one object')
+    message = message_of(rows(save(tmp_path / "a.json", b"[{}," + twice + b"]")))
+    assert message.endswith('a.json:2: expected a JSON object, found the string "a" twice in one object')
+
+
 def test_damaged_parquet(tmp_path):
     data = tmp_path / "a.parquet"
     pq.write_table(pa.table({"prompt": ["x" * 1000]}), data)

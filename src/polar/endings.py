@@ -6,19 +6,37 @@ END_TOKENS = (
     "<|im_end|>",
     "<|endoftext|>",
     "<|eot_id|>",
+    "<|eom_id|>",
     "<|end_of_text|>",
+    "<|eot|>",
+    "<|eom|>",
+    "<|EOT|>",
     "<|end|>",
     "<|return|>",
+    "<|endofturn|>",
+    "<|end_of_turn|>",
+    "<|END_OF_TURN_TOKEN|>",
     "<end_of_turn>",
+    "<turn|>",
+    "<|user|>",
+    "<|observation|>",
     "<eos>",
+    "<seed:eos>",
     "</s>",
     "<｜end▁of▁sentence｜>",
     "[EOS]",
 )
-"""Of common policies. OpenRLHF leaves them in the text; a reference has none."""
+"""Of common policies. OpenRLHF leaves them in the text and does not say which its policy has; a reference has none."""
 
 
 def without_end(text: str) -> str:
-    """A response without the token that ended it."""
-    ends = [end for end in END_TOKENS if text.rstrip().endswith(end)]
-    return text.rstrip().removesuffix(ends[0]) if ends else text
+    """A response without the tokens that ended it, be they several, and the white space behind them."""
+    kept = len(text)
+    while True:
+        end = kept
+        while end and text[end - 1].isspace():
+            end -= 1
+        token = next((token for token in END_TOKENS if text.endswith(token, 0, end)), None)
+        if token is None:
+            return text[:kept]
+        kept = end - len(token)

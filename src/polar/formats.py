@@ -20,7 +20,7 @@ prompt, it is taken out of them (`polar.dialogues`).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
 
@@ -48,6 +48,8 @@ WINNERS = ("winner_model_a", "winner_model_b", "winner_tie")
 TRIPLE = ("prompt", "reference", "positive", "negative")
 ANSWERS = ("output", "candidates", "chosen", "rejected", "ranked", "response_a", "response_b", "completions")
 
+Item = Mapping[str, Any]
+"""{"prompt", "reference", "output" [, "id", "wrapper"]}; texts are strings or lists of {"role", "content"}."""
 Ranked = dict[str, Text]
 """The answers of a preference by their places in the row, best first."""
 
@@ -61,6 +63,36 @@ def comparison(row: Row, reference_column: str | None) -> tuple[str, list[Compar
     prompt, reference, output = text_at(row, "prompt"), _reference(row, reference_column), text_at(row, "output")
     prompt, (reference, output) = split(row, prompt, {"reference": reference, "output": output})
     return "comparison", [Comparison(prompt, reference, output, _id(row), wrapper_of(row))]
+
+
+def comparisons(items: Comparison | Item | Iterable[Comparison | Item]) -> list[Comparison]:
+    """Comparisons as they are, and those made of items; a single one is a list of one.
+
+    Raises:
+        InputError: an item is not of that form; the message has its number.
+    """
+    several = [items] if isinstance(items, Comparison | Mapping) else items
+    if not isinstance(several, Iterable) or isinstance(several, str):
+        raise InputError(
+            f"expected comparisons, or dictionaries of prompt, reference and output, found {several!r:.40}"
+        )
+    return [one if isinstance(one, Comparison) else _of_item(one, number) for number, one in enumerate(several)]
+
+
+def _of_item(item: object, number: int) -> Comparison:
+    if not isinstance(item, Mapping):
+        expected = "a Comparison, or a dictionary of prompt, reference and output"
+        raise InputError(f"item:{number}: expected {expected}, found {describe(item)}")
+    row = Row("item", number, dict(item))
+    prompt, reference, output = (_literal(row, field) for field in ("prompt", "reference", "output"))
+    prompt, (reference, output) = split(row, prompt, {"reference": reference, "output": output})
+    return Comparison(prompt, reference, output, _id(row), wrapper_of(row))
+
+
+def _literal(row: Row, field: str) -> Text:
+    """A text whose strings are taken as they are; in files they may spell messages."""
+    value = row.fields.get(field)
+    return as_string(row, field, value) if isinstance(value, str) else text_at(row, field)
 
 
 def group(row: Row, reference_column: str | None) -> tuple[str, list[Group]]:

@@ -112,7 +112,7 @@ def _lines(stream: Iterable[bytes], name: str) -> Source:
 
 def _parsed(line: bytes, name: str, number: int) -> Row | InputError:
     try:
-        return _row(json.loads(line.decode()), name, number)
+        return _row(json.loads(line.decode(), object_pairs_hook=_object), name, number)
     except UnicodeDecodeError as error:
         found = f"invalid UTF-8 at byte {error.start + 1}"
     except json.JSONDecodeError as error:
@@ -120,6 +120,14 @@ def _parsed(line: bytes, name: str, number: int) -> Row | InputError:
     except (ValueError, RecursionError) as error:  # a number too long, a value nested too deeply
         found = str(error)
     return InputError(f"{name}:{number}: expected a JSON object on one line, found {found}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{describe(max(names, key=names.count))} twice in one object")
+    return fields
 
 
 def _row(value: object, name: str, number: int) -> Row | InputError:
@@ -135,7 +143,7 @@ LAST_OF_NONE, LAST = re.compile(r"\s*\[\s*\]"), re.compile(r"\s*\]")
 def _array(stream: IO[bytes], name: str) -> Source:
     """Elements of one JSON array, decoded one after the other: the array is never in memory as a whole."""
     reader = io.TextIOWrapper(stream, encoding="utf-8-sig")
-    decode = json.JSONDecoder().raw_decode
+    decode = json.JSONDecoder(object_pairs_hook=_object).raw_decode
     buffer, at, number = "", 0, 0
     try:
         while not (end := (LAST if number else LAST_OF_NONE).match(buffer, at)):
@@ -150,6 +158,8 @@ def _array(stream: IO[bytes], name: str) -> Source:
                     problem = error.msg
                     # Only at the end of what was read so far can more text help.
                     curable = error.pos + 16 > len(buffer) or error.msg.startswith("Unterminated string")
+                except ValueError as error:  # a name twice, a number too long
+                    raise InputError(f"{name}:{number + 1}: expected a JSON object, found {error}") from error
             elif buffer[at:].strip():
                 problem, curable = "no comma after the last element", False
             more = reader.read(max(CHUNK, len(buffer) - at)) if curable else ""
@@ -167,25 +177,50 @@ def _array(stream: IO[bytes], name: str) -> Source:
 
 
 def _parquet(parquet: pq.ParquetFile, name: str) -> Source:
+    names = parquet.schema_arrow.names
+    if len(set(names)) < len(names):
+        raise InputError(f"{name}: expected columns of different names, found {max(names, key=names.count)!r} twice")
     number = 0
     for batch in parquet.iter_batches(PARQUET_BATCH):
         for fields in _dictionaries(batch):
             number += 1
-            if fields is None:
-                yield InputError(f"{name}:{number}: expected UTF-8 in every string, found invalid bytes")
+            if isinstance(fields, str):
+                yield InputError(f"{name}:{number}: {fields}")
             else:
                 yield Row(name, number, fields)
 
 
-def _dictionaries(batch: pa.RecordBatch) -> list[dict[str, Any] | None]:
-    """The rows of a batch; None stands for a row with a string that is not UTF-8."""
+def _dictionaries(batch: pa.RecordBatch) -> list[dict[str, Any] | str]:
+    """The rows of a batch; a reason stands for a row with a value that cannot be read."""
     try:
-        rows: list[dict[str, Any] | None] = batch.to_pylist()
-        return rows
-    except UnicodeDecodeError:
+        columns = [_values(column) for column in batch.columns]
+    except (UnicodeDecodeError, UnreadableError) as error:
         if len(batch) == 1:
-            return [None]
+            expected = "expected UTF-8 in every string, found invalid bytes"
+            return [expected if isinstance(error, UnicodeDecodeError) else str(error)]
         return [row for i in range(len(batch)) for row in _dictionaries(batch.slice(i, 1))]
+    return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+class UnreadableError(ValueError):
+    """A value that Python cannot express."""
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """The values of a column; dates that Python cannot express (after 9999, in a zone it does not know) are text."""
+    try:
+        values: list[Any] = column.to_pylist()
+        return values
+    except UnicodeDecodeError:
+        raise
+    except (OverflowError, ValueError, LookupError) as error:
+        kind = column.type
+        try:
+            naive = column.cast(pa.timestamp(kind.unit)) if pa.types.is_timestamp(kind) else column
+            texts: list[Any] = naive.cast(pa.string()).to_pylist()
+        except pa.ArrowException:  # a list or an object
+            raise UnreadableError(f"expected values that Python can express, found a {kind} ({error})") from error
+        return texts
 
 
 def _saved_to_disk(directory: Path) -> bool:

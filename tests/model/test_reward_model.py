@@ -1,8 +1,10 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +63,33 @@ def test_the_score_is_read_at_the_last_token_even_if_the_text_holds_pads(reward_
         hidden = reward_model.model.model(torch.tensor([[1, 5, 6, 2, 5, 7, 8, pad, pad]])).last_hidden_state[0, -1]
         expected = reward_model.model.score(hidden).item()
     assert value == pytest.approx(expected, abs=1e-5)
+
+
+def test_dictionaries_are_scored_as_the_comparisons_that_they_are(llama: RewardModel) -> None:
+    comparison = Comparison("2+2?", "It is 4.", "4", wrapper="pretrain")
+    item = {"prompt": "2+2?", "reference": "It is 4.", "output": "4", "wrapper": "pretrain"}
+    turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    expected = llama.score([comparison])
+    assert llama.score(item) == llama.score(comparison) == llama.score([{**item, "output": turns}]) == expected
+    spelt = {**item, "output": json.dumps(turns)}  # a string stays a string
+    assert llama.score([spelt]) == llama.score([replace(comparison, output=json.dumps(turns))]) != expected
+
+
+@pytest.mark.parametrize(
+    ("items", "problem"),
+    [
+        (
+            [{"prompt": "a", "reference": "b"}],
+            'item:0: field "output": expected a string or a list of messages, found no',
+        ),
+        ([("a", "b", "c")], "item:0: expected a Comparison, or a dictionary of prompt, reference and output, found"),
+        ("abc", "expected comparisons, or dictionaries of prompt, reference and output, found 'abc'"),
+        (None, "expected comparisons, or dictionaries of prompt, reference and output, found None"),
+    ],
+)
+def test_what_is_no_comparison_is_one_clear_line(llama: RewardModel, items: Any, problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        llama.score(items)
 
 
 def test_a_group_equals_its_separate_sequences(reward_model: RewardModel) -> None:
@@ -257,6 +286,8 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
         RewardModel.load(tmp_path)
     with pytest.raises(InputError, match="no such checkpoint directory"):
         RewardModel.load(tmp_path / "missing")
+    with pytest.raises(InputError, match="None: no such checkpoint directory"):
+        RewardModel.load(None)
 
 
 @pytest.mark.parametrize(

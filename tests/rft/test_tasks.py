@@ -136,6 +136,13 @@ def test_a_problem_of_math() -> None:
     assert found == Task("math", "math", user(f"How much is 1/2? {BOXED}"), (reference,), "\\frac{1}{2}")
 
 
+@pytest.mark.parametrize("answer", ["36", 36])
+def test_the_answer_beside_a_solution_is_kept(answer: Any) -> None:
+    assert task(problem="12*3?", solution="Twelve times three is thirty-six.", answer=answer).answer == "36"
+    assert task(problem="12*3?", solution="So $\\boxed{36.0}$.", answer=answer).answer == "36"
+    assert task(prompt="12*3?", reference="It is 36.", answer=answer).answer == "36"
+
+
 def test_a_question_of_gsm8k() -> None:
     answer = "She sold 48/2 = <<48/2=24>>24 in May.\nTogether 48+24 = <<48+24=1072>>1,072.\n#### 1,072"
     found = task(question="How many?", answer=answer)

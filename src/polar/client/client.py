@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, cast
 
+from polar import formats
 from polar.client.batching import Gatherer, batches
 from polar.client.engines import Answer, ServerType, ways_to_ask
 from polar.client.errors import EngineError, RewardError
@@ -17,6 +18,7 @@ from polar.client.probe import diagnose, read_probes
 from polar.client.servers import Limits, Server, open_server, parse_addresses, server_key
 from polar.client.transport import ABOUT_ITEMS, NO_SUCH_PATH, RefusedError, Transport
 from polar.errors import InputError
+from polar.formats import Item
 from polar.records import Comparison, Group
 from polar.template import BUNDLED_MODEL, BUNDLED_NAME, Compat, EncodedGroup, Template
 
@@ -115,19 +117,25 @@ class AsyncRewardModelClient:
             raise EngineError(f"no server answers: {'; '.join(unreachable)}")
 
     async def score(
-        self, comparisons: Iterable[Comparison], *, progress: Callable[[int], object] | None = None
+        self,
+        comparisons: Comparison | Item | Iterable[Comparison | Item],
+        *,
+        progress: Callable[[int], object] | None = None,
     ) -> list[float]:
         """Rewards of independent comparisons, in their order.
 
         Args:
-            comparisons: What to score; each has its own truncation budget.
+            comparisons: What to score, also as dictionaries (`formats.Item`); each has its own truncation budget.
             progress: Called with the number of inputs that were just finished.
 
         Raises:
             RewardError: some failed; it says which and why, and keeps the others.
             EngineError: a server does not give this checkpoint's rewards.
         """
-        groups = [Group(one.prompt, one.reference, (one.output,), one.id, wrapper=one.wrapper) for one in comparisons]
+        groups = [
+            Group(one.prompt, one.reference, (one.output,), one.id, wrapper=one.wrapper)
+            for one in formats.comparisons(comparisons)
+        ]
         return [rewards[0] for rewards in await self.score_groups(groups, progress=progress)]
 
     async def score_groups(
@@ -256,7 +264,7 @@ def served_directory(path: str | Path) -> Path:
     Raises:
         InputError: there is none.
     """
-    directory = BUNDLED_MODEL if str(path) == BUNDLED_NAME else Path(path).expanduser()
+    directory = BUNDLED_MODEL if str(path) == BUNDLED_NAME else Path(str(path)).expanduser()
     if not directory.is_dir():
         raise InputError(
             f"{path}: no such directory; expected the checkpoint that is served (`polar convert` makes one of an "

@@ -15,13 +15,10 @@ from polar.client.client import AsyncRewardModelClient
 from polar.client.engines import ServerType
 from polar.client.servers import Limits
 from polar.errors import InputError
-from polar.fields import TEXT, Row, as_string, as_text
-from polar.formats import wrapper_of
-from polar.records import Comparison, Group, Text
+from polar.formats import Item, comparisons
+from polar.records import Comparison, Group
 from polar.template import BUNDLED_NAME, Compat, EncodedGroup, seed_text
 
-Item = Mapping[str, Any]
-"""{"prompt", "reference", "output" [, "wrapper"]}; texts are strings or lists of {"role", "content"}."""
 Result = TypeVar("Result")
 
 
@@ -113,7 +110,10 @@ class RewardModelClient:
         self._run(self._client.connect())
 
     def score(
-        self, comparisons: Iterable[Comparison], *, progress: Callable[[int], object] | None = None
+        self,
+        comparisons: Comparison | Item | Iterable[Comparison | Item],
+        *,
+        progress: Callable[[int], object] | None = None,
     ) -> list[float]:
         """See `AsyncRewardModelClient.score`; `progress` is called from another thread."""
         return self._run(self._client.score(comparisons, progress=progress))
@@ -152,17 +152,16 @@ class RewardModelClient:
             RewardError: some failed; it says which and why, and keeps the others.
             EngineError: the server does not give this checkpoint's rewards.
         """
-        comparisons = _comparisons(data)
         if self._as_seed:
-            return self.score_ids(map(self._ids, map(self._seed_text, comparisons)))
-        return self.score(comparisons)
+            return self.score_ids(map(self._ids, map(self._seed_text, comparisons(data))))
+        return self.score(data)
 
     def encode(self, data: Item | Sequence[Item]) -> str | list[str]:
         """The texts that the original client would send for these items, as one string for a single item.
 
         They end with the score token and can be given to the request methods.
         """
-        texts = [self._seed_text(comparison) for comparison in _comparisons(data)]
+        texts = [self._seed_text(comparison) for comparison in comparisons(data)]
         return texts[0] if isinstance(data, Mapping) else texts
 
     def sglang_request_reward(self, data: str | Sequence[str]) -> list[float]:
@@ -216,24 +215,6 @@ class RewardModelClient:
         except BaseException:
             future.cancel()  # after Ctrl-C nothing goes on behind the caller's back
             raise
-
-
-def _comparisons(data: Item | Sequence[Item]) -> list[Comparison]:
-    items = [data] if isinstance(data, Mapping) else data
-    return [_comparison(Row("item", number, dict(item))) for number, item in enumerate(items)]
-
-
-def _comparison(row: Row) -> Comparison:
-    prompt, reference, output = (_text(row, field) for field in ("prompt", "reference", "output"))
-    return Comparison(prompt, reference, output, wrapper=wrapper_of(row))
-
-
-def _text(row: Row, field: str) -> Text:
-    """A string as it is, unlike in files, where it may spell messages."""
-    if not row.has(field):
-        raise row.wrong(field, TEXT)
-    value = row.fields[field]
-    return as_string(row, field, value) if isinstance(value, str) else as_text(row, field, value)
 
 
 def _stop(

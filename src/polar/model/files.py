@@ -51,7 +51,7 @@ def local_directory(source: str | Path, patterns: Sequence[str]) -> Path:
     Raises:
         InputError: there is no such directory, and the hub does not give the files.
     """
-    path = Path(source).expanduser()
+    path = Path(str(source)).expanduser()
     if path.is_dir():
         return path
     if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "~", "/")):

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from polar import formats
 from polar.errors import InputError
+from polar.formats import Item
 from polar.model.adapters import is_adapter, save_adapter
 from polar.model.backbone import prepare
 from polar.model.calibration import Calibration, Scale, read_calibration, scaling, with_reference
@@ -165,7 +167,7 @@ class RewardModel:
 
     def score(
         self,
-        comparisons: Iterable[Comparison],
+        comparisons: Comparison | Item | Iterable[Comparison | Item],
         *,
         scale: Scale = "raw",
         batch_tokens: int | None = None,
@@ -174,7 +176,7 @@ class RewardModel:
         """Rewards of independent comparisons, in their order.
 
         Args:
-            comparisons: What to score; each has its own truncation budget.
+            comparisons: What to score, also as dictionaries (`formats.Item`); each has its own truncation budget.
             scale: Of the results; see `polar.model.calibration`.
             batch_tokens: Tokens of one forward pass; at most a shared prefix more. Default: 4096 on a CPU, more falls
                 out of its caches; else 16384.
@@ -184,7 +186,10 @@ class RewardModel:
             InputError: a text is not valid Unicode, or z-scores are asked of a checkpoint without calibration.
             FloatingPointError: a reward is not finite. A failed reward is never a number.
         """
-        groups = (Group(one.prompt, one.reference, (one.output,), wrapper=one.wrapper) for one in comparisons)
+        groups = (
+            Group(one.prompt, one.reference, (one.output,), wrapper=one.wrapper)
+            for one in formats.comparisons(comparisons)
+        )
         scored = self.score_groups(groups, scale=scale, batch_tokens=batch_tokens, progress=progress)
         return [values[0] for values in scored]
 

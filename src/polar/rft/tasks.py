@@ -7,7 +7,7 @@ Rows are recognised one by one, by their fields, in this order:
 | chosen, a transcript | HH-RLHF | the last answer of the chosen dialogue |
 | conversations, of from and value [, info] | AM-DeepSeek-R1-Distilled, ShareGPT | the last answer |
 | messages, the last one by the assistant | AM-DeepSeek-R1-Distilled, chat data | the last answer |
-| problem, solution | MATH | the worked solution |
+| problem, solution [, answer] | MATH, OpenR1-Math | the worked solution |
 | question, answer | GSM8K, questions and answers | the worked solution |
 | prompt, references or reference | our own rows | as they stand |
 
@@ -159,7 +159,7 @@ def _dialogue(row: Row, source: str, ability: str, messages: Sequence[Message]) 
 def _problem(row: Row, with_references: bool) -> Task:
     solution = string_at(row, "solution") if with_references or row.has("solution") else ""
     prompt = (Message("user", f"{string_at(row, 'problem')} {BOXED}"),)
-    return Task("math", "math", prompt, (answer_in(solution),), boxed(solution))
+    return Task("math", "math", prompt, (answer_in(solution),), _short_answer(row) or boxed(solution))
 
 
 def _question(row: Row, with_references: bool) -> Task:
@@ -177,8 +177,14 @@ def _prompted(row: Row, column: str | None, with_references: bool) -> Task:
     prompt, name = text_at(row, "prompt"), column or ("references" if row.has("references") else "reference")
     prompt, references = split(row, prompt, named(name, references_at(row, name) if with_references else ()))
     messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    source, answer = optional_string(row, "data_source"), optional_string(row, "answer")
-    return Task(source or "prompts", "general", _prompt(messages), tuple(map(answer_in, references)), answer)
+    source = optional_string(row, "data_source") or "prompts"
+    return Task(source, "general", _prompt(messages), tuple(map(answer_in, references)), _short_answer(row))
+
+
+def _short_answer(row: Row) -> str | None:
+    """The answer beside a reference; often a number."""
+    answer = row.fields.get("answer")
+    return f"{answer}" if type(answer) in (int, float) else optional_string(row, "answer")
 
 
 def _prompt(messages: tuple[Message, ...]) -> tuple[Message, ...]:
