@@ -71,7 +71,7 @@ def comparisons(items: Comparison | Item | Iterable[Comparison | Item]) -> list[
     Raises:
         InputError: an item is not of that form; the message has its number.
     """
-    several = [items] if isinstance(items, Comparison | Mapping) else items
+    several: object = [items] if isinstance(items, Comparison | Mapping) else items
     if not isinstance(several, Iterable) or isinstance(several, str):
         raise InputError(
             f"expected comparisons, or dictionaries of prompt, reference and output, found {several!r:.40}"
