@@ -1,6 +1,6 @@
 """Make the training mixture of polar-mini, and its held-out part, from public data.
 
-    python recipes/mini/mixture.py DATA mixture.parquet held-out.parquet [--seed N] [--scale X]
+    python recipes/mini/mixture.py DATA mixture.parquet held-out.parquet [--seed N] [--second]
 
 DATA holds the Parquet files that `recipes/evaluation/prepare.py` describes. A row is a comparison of two answers beside
 a reference (prompt, reference, positive, negative) and its `kind`; rows that differ in the negative alone follow each
@@ -9,9 +9,10 @@ make `held-out.parquet`, at most `HELD_OUT` groups of each kind.
 
 | kinds | what is compared |
 |---|---|
-| crux, math, numersense, mmlu, kor | a right answer beside a wrong one; reference: a right answer, its conclusion, or the gold one |
+| crux, math, numersense, mmlu, kor | a right answer beside a wrong one; reference: one of three forms |
 | short | a short gold answer beside sentences and bare words that hold it, or another one |
 | policy | another sample of the reference's policy beside one of another policy |
+| closer | the answer that shares most words with the reference beside others |
 | arena, llmzoo, safety, harmless, strength | preferences: judged, or by the known strength of models |
 | copy, changed, cut, empty, repeated, other, key, loop, keywords, injected | what a model must not miss |
 
@@ -34,6 +35,9 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from polar.baselines import length, unigram_f1
+from polar.records import Group
+
 HELD_OUT = 100
 CLOSED = re.compile(
     r"gpt|claude|gemini|o1-|o3-|chatgpt|grok|reka|palm|bard|text-davinci|yi-large|command|human", re.IGNORECASE
@@ -44,7 +48,7 @@ JUDGED_CHARACTERS = 1600
 """Of an answer in judged preferences: what comes later is left out, for the sake of training time."""
 
 Row = dict[str, str]
-Group = tuple[str, str, str, list[str]]
+Compared = tuple[str, str, str, list[str]]
 """Prompt, reference, positive, negatives."""
 
 
@@ -55,14 +59,16 @@ def main() -> None:
     parser.add_argument("train")
     parser.add_argument("held_out")
     parser.add_argument("--seed", type=int, default=1, help="another seed is another draw of the training part")
-    parser.add_argument("--scale", type=float, default=1.0, help="how much is drawn of each kind of the training part")
+    parser.add_argument("--second", action="store_true", help="the smaller draw for the end of the training")
     arguments = parser.parse_args()
     source = Sources(Path(arguments.data))
     for split, target in (("train", arguments.train), ("heldout", arguments.held_out)):
-        seed, scale = (arguments.seed, arguments.scale) if split == "train" else (0, 0.2)
+        seed = arguments.seed if split == "train" else 0
         rows: list[list[Row]] = []
         counts: Counter[str] = Counter()
-        for kind, (prompt, reference, positive, negatives) in groups(source, split, seed, scale):
+        for kind, (prompt, reference, positive, negatives) in groups(
+            source, split, seed, SECOND if arguments.second else FIRST
+        ):
             if split == "train" or counts[kind] < HELD_OUT:
                 counts[kind] += 1
                 group = {"prompt": prompt, "reference": reference, "positive": positive, "kind": kind}
@@ -115,25 +121,16 @@ def text(value: str) -> str:
     return "\n".join(message["content"] for message in json.loads(value))
 
 
-DRAWN = {
-    "crux": 1000,
-    "math": 900,
-    "numersense": 300,
-    "mmlu": 1400,
-    "kor": 1200,
-    "short": 2400,
-    "policy": 1600,
-    "strength": 900,
-    "harmless": 1200,
-    "made": 230,
-}
-"""Groups of a kind in the training part at scale 1 (of made cases: of each). Judged preferences come whole."""
+FIRST = {"crux": 1000, "math": 900, "numersense": 300, "mmlu": 1400, "kor": 1200, "short": 1500, "policy": 1600}
+FIRST |= {"closer": 0, "arena": 900, "strength": 900, "harmless": 400, "copy": 180, "changed": 180, "made": 180}
+SECOND = {"crux": 120, "math": 150, "numersense": 70, "mmlu": 180, "kor": 220, "short": 750, "policy": 620}
+SECOND |= {"closer": 620, "arena": 230, "strength": 230, "harmless": 260, "copy": 140, "changed": 170, "made": 36}
+"""Groups of each kind in the two draws; "made" is for each of the made cases but copy and changed."""
 
 
-def groups(source: Sources, split: str, seed: int, scale: float) -> Iterator[tuple[str, Group]]:
+def groups(source: Sources, split: str, seed: int, counts: dict[str, int]) -> Iterator[tuple[str, Compared]]:
     """All groups of a split with their kinds."""
     random = Random(f"mini {split} {seed}")
-    counts = {kind: int(scale * count) for kind, count in DRAWN.items()}
     answered: list[Item] = []
     for kind, read in (("crux", crux), ("math", math), ("numersense", numersense), ("mmlu", mmlu), ("kor", kor)):
         items = read(source, split, random)
@@ -144,12 +141,12 @@ def groups(source: Sources, split: str, seed: int, scale: float) -> Iterator[tup
                 yield kind, group
     yield from (("short", group) for group in short(source, split, random, counts["short"]))
     yield from (("policy", group) for group in policy(source, split, random, counts["policy"]))
-    yield from judged(source, split, random, scale)
+    yield from (("closer", group) for group in closer(source, split, random, counts["closer"]))
+    yield from judged(source, split, random, counts["arena"])
     yield from (("harmless", group) for group in harmless(source, split, random, counts["harmless"]))
     yield from (("strength", group) for group in strength(source, split, random, counts["strength"]))
-    yield from made(
-        answered, chat_items(source, split, random), random, max(counts["made"], HELD_OUT if split != "train" else 0)
-    )
+    chats = chat_items(source, split, random)
+    yield from made(answered, chats, random, {kind: counts.get(kind, counts["made"]) for kind in MADE})
 
 
 class Item:
@@ -166,7 +163,7 @@ def spread(items: list[Item], most: int, random: Random) -> Iterator[Item]:
         yield items[number % len(items)]
 
 
-def correctness(item: Item, random: Random) -> Group | None:
+def correctness(item: Item, random: Random) -> Compared | None:
     """A reference in one of several forms, a right answer, and two wrong ones."""
     form = random.choices(["full", "short", "answer", "gold"], [45, 20, 15, 20])[0]
     candidate_form = random.choices(["full", "plain", "short", "answer"], [50, 20, 20, 10])[0]
@@ -365,7 +362,7 @@ CARRIERS = [
 ]
 
 
-def short(source: Sources, split: str, random: Random, most: int) -> Iterator[Group]:
+def short(source: Sources, split: str, random: Random, most: int) -> Iterator[Compared]:
     """A short gold answer, and sentences or bare words that hold it or another one."""
     questions = []
     seen: set[str] = set()
@@ -457,7 +454,7 @@ def reruns(source: Sources, split: str, name: str) -> dict[str, dict[str, list[s
     return found
 
 
-def policy(source: Sources, split: str, random: Random, most: int) -> Iterator[Group]:
+def policy(source: Sources, split: str, random: Random, most: int) -> Iterator[Compared]:
     """Reference and positive by one policy, negatives by others; a few of the same family or by its name."""
     for found, share in ((oasst(source, split), 0.85), (reruns(source, split, "julia_llm"), 0.15)):
         prompts = [
@@ -483,17 +480,43 @@ def policy(source: Sources, split: str, random: Random, most: int) -> Iterator[G
                 yield prompt[-1500:], reference, positive, negatives
 
 
-def judged(source: Sources, split: str, random: Random, scale: float) -> Iterator[tuple[str, Group]]:
-    """Preferences by judges."""
+def closer(source: Sources, split: str, random: Random, most: int) -> Iterator[Compared]:
+    """Answers of several policies: the one that shares the most with the reference beside those that share less.
+
+    Its labels have no noise, unlike those of policies and judges, and it teaches to compare long texts word by word.
+    """
+    found = oasst(source, split)
+    prompts = [prompt for prompt, by in found.items() if len(by) > 4]
+    random.shuffle(prompts)
+    for number in range(most if prompts else 0):
+        prompt = prompts[number % len(prompts)]
+        outputs = sorted({output for by in found[prompt].values() for output in by if output.strip()})
+        if len(outputs) < 5:
+            continue
+        length = random.choice([250, 400, 700, 1000])
+        reference, *others = (output[:length].strip() for output in random.sample(outputs, min(7, len(outputs))))
+        others.sort(key=lambda output: likeness(output, reference), reverse=True)
+        best, middle, worst = others[0], others[len(others) // 2], others[-1]
+        if likeness(best, reference) > likeness(middle, reference) + 0.05 and best != reference:
+            yield prompt[-1500:], reference, best, [middle, worst]
+
+
+def likeness(output: str, reference: str) -> float:
+    """Shared words, and closeness in length."""
+    group = Group("", reference, (output,))
+    return unigram_f1(group)[0] + 0.1 * length(group)[0]
+
+
+def judged(source: Sources, split: str, random: Random, most: int) -> Iterator[tuple[str, Compared]]:
+    """Preferences by judges, most of them of Arena-Hard's first bench."""
     names = (("arena", "arena_bench_gpt4"), ("llmzoo", "llmzoo_reviews_en_zh"), ("safety", "just_eval_safety"))
     for kind, name in names:
-        for row in source.rows(f"preferences/{name}", split):
-            if row["reference"] and random.random() < (1 if split != "train" else scale):
-                prompt = row["prompt"][-1500:]
-                reference, chosen, rejected = (
-                    row[field][:JUDGED_CHARACTERS] for field in ("reference", "chosen", "rejected")
-                )
-                yield kind, (prompt, reference, chosen, [rejected])
+        rows = [row for row in source.rows(f"preferences/{name}", split) if row["reference"]]
+        for row in random.sample(rows, min(len(rows), most if kind == "arena" else most // 2)):
+            reference, chosen, rejected = (
+                row[side][:JUDGED_CHARACTERS] for side in ("reference", "chosen", "rejected")
+            )
+            yield kind, (row["prompt"][-1500:], reference, chosen, [rejected])
 
 
 REFUSAL = re.compile(
@@ -540,7 +563,7 @@ def refusal(random: Random) -> str:
     return " ".join(part for part in parts if part)
 
 
-def harmless(source: Sources, split: str, random: Random, most: int) -> Iterator[Group]:
+def harmless(source: Sources, split: str, random: Random, most: int) -> Iterator[Compared]:
     """HH-RLHF: a refusal, or the answer that was found harmless, beside one that was not; reference: a refusal."""
     rows = source.rows("preferences/hh_rlhf_harmless", split)
     random.shuffle(rows)
@@ -561,7 +584,7 @@ WEAK = re.compile(
 STRONG = re.compile(r"30b|65b|70b|40b-sft|40b-mega|deepseek|13b-orca|13b-oasst|13b_orca|rlhf")
 
 
-def strength(source: Sources, split: str, random: Random, most: int) -> Iterator[Group]:
+def strength(source: Sources, split: str, random: Random, most: int) -> Iterator[Compared]:
     """A strong model's answer as reference, another strong one's beside a weak one's."""
     found = oasst(source, split)
     arena = reruns(source, split, "arena_hard")
@@ -611,6 +634,8 @@ def chat_items(source: Sources, split: str, random: Random) -> list[tuple[str, s
 
 
 # --- made cases -------------------------------------------------------------------------------------------------------
+
+MADE = ("copy", "changed", "cut", "empty", "repeated", "other", "key", "loop", "keywords", "injected")
 
 KEYS = [
     ":",
@@ -750,12 +775,15 @@ def _name(value: str, random: Random) -> str | None:
     return value[: match.start()] + random.choice(NAMES) + value[match.end() :]
 
 
-def made(items: list[Item], chats: list[tuple[str, str]], random: Random, each: int) -> Iterator[tuple[str, Group]]:
-    """What a model with a reference must know, each kind `each` times."""
+def made(
+    items: list[Item], chats: list[tuple[str, str]], random: Random, counts: dict[str, int]
+) -> Iterator[tuple[str, Compared]]:
+    """What a model with a reference must know."""
     random.shuffle(chats)
     usable = [item for item in items if len(item.right) > 1 and item.wrong]
     pools: list[tuple[str, str, str, str]] = []  # prompt, reference, a good answer, another prompt's answer
-    for number in range(each * 10):
+    kinds = [kind for kind, count in counts.items() for _ in range(count)]
+    for number in range(len(kinds)):
         if number % 2 and chats:
             prompt, output = chats[number % len(chats)]
             pools.append((prompt, output, output, random.choice(chats)[1]))
@@ -773,10 +801,7 @@ def made(items: list[Item], chats: list[tuple[str, str]], random: Random, each: 
                     random.choice(foreign.right)["full"],
                 )
             )
-    for number, (prompt, reference, good, foreign) in enumerate(pools):
-        kind = ("copy", "changed", "cut", "empty", "repeated", "other", "key", "loop", "keywords", "injected")[
-            number % 10
-        ]
+    for kind, (prompt, reference, good, foreign) in zip(kinds, pools, strict=True):
         positive = reference if random.random() < 0.35 else good
         if kind == "copy":
             yield kind, (prompt, reference, reference, [foreign, changed(reference, random) or foreign])

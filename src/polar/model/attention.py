@@ -142,11 +142,12 @@ def tree_attention(
     # Split and not sliced: the gradient of a slice is as long as the row, and there are as many as segments.
     table = attention_mask[0, 0].tolist()
     if _has_gradients(query_1HTD) and not dropout and fits(table, query_1HTD.shape[1]):
-        parts = query_1HTD, key_1HTD, value_1HTD
+        parts = [query_1HTD, key_1HTD, value_1HTD]
         if torch.is_autocast_enabled("cpu"):  # what autocast does to `scaled_dot_product_attention`
-            parts = tuple(part.to(torch.get_autocast_dtype("cpu")) for part in parts)
+            parts = [part.to(torch.get_autocast_dtype("cpu")) for part in parts]
         scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
-        return RowAttention.apply(*parts, table, scale), None
+        output_1THD: Tensor = RowAttention.apply(*parts, table, scale)  # type: ignore[no-untyped-call]
+        return output_1THD, None
     lengths = [end - start for *_, start, end in table]
     padding = query_1HTD.shape[2] - sum(lengths)  # behind the last segment
     queries, keys, values = (
