@@ -27,13 +27,13 @@ from typing import Any
 
 import httpx2
 
+from polar.core.records import prompt_id
 from polar.corpus.engines import Engine, Request, Result
 from polar.corpus.engines.http import HttpSampler
 from polar.corpus.plan import Batch, Plan
 from polar.corpus.pool import HttpEngine, Pool, TransformersEngine
 from polar.corpus.prompts import BUNDLED_TOKENIZER, Prompt
 from polar.corpus.sample import sample
-from polar.records import prompt_id
 
 LATENCIES = (0.25, 1.0)
 """Seconds."""

@@ -47,8 +47,8 @@ import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from polar import BUNDLED_MODEL, RewardModel, Template
+from polar.core.template import EncodedGroup
 from polar.model.tree import rewards, tree_batch
-from polar.template import EncodedGroup
 
 BATCH = 16
 IN_FLIGHT = 4

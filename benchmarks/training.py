@@ -31,11 +31,11 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 from trl import RewardConfig
 from trl import RewardTrainer as TrlTrainer
 
+from polar.core.template import EncodedGroup, Truncation
 from polar.corpus.prompts import BUNDLED_TOKENIZER
-from polar.template import EncodedGroup, Truncation
 from polar.training.batches import Collator, Example
 from polar.training.discriminator import Discriminator
-from polar.training.store import write_examples
+from polar.training.example_store import write_examples
 from polar.training.stream import BatchStream
 from polar.training.trainer import RewardTrainer
 

@@ -13,8 +13,8 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from polar import RewardModel
-from polar.reading import read_groups
-from polar.records import text_of
+from polar.core.records import text_of
+from polar.data.readers import read_groups
 
 HERE = Path(__file__).parent
 

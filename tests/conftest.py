@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from polar import RewardModel, Template, TemplateSettings
-from polar.training.scratch import BOS, PAD, SCORE, SPLIT, train_tokenizer
+from polar.training.init_model import BOS, PAD, SCORE, SPLIT, train_tokenizer
 
 torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
 

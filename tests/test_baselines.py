@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar.baselines import BASELINES, chance, first_word, length, unigram_f1, words
-from polar.records import Group, Message
+from polar.core.baselines import BASELINES, chance, first_word, length, unigram_f1, words
+from polar.core.records import Group, Message
 
 
 def f1(candidate: str, reference: str) -> float:

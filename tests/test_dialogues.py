@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from polar import InputError
+from polar.core.records import text_of
+from polar.data.fields import Row
+from polar.data.readers import ReadReport, read_comparisons, read_groups_by_reference, read_preferences
+from polar.evaluation.datasets import read_items
 from polar.evaluation.suites import Dataset
-from polar.evaluation.tasks import read_items
-from polar.fields import Row
 from polar.model.calibration import read_samples
-from polar.reading import ReadReport, read_comparisons, read_groups_by_reference, read_preferences
-from polar.records import text_of
-from polar.rft.samples import read_sample
-from polar.rft.tasks import read_task
+from polar.rft.prompts import read_task
+from polar.rft.sample import read_sample
 
 
 def say(role: str, content: str) -> dict[str, str]:

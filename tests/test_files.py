@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from polar.errors import InputError
-from polar.files import new_directory, new_file, require_new, write_json, write_text
+from polar.core.errors import InputError
+from polar.core.files import new_directory, new_file, require_new, write_json, write_text
 
 
 def names(directory: Path) -> list[str]:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
-from polar.metrics import (
+from polar.core.metrics import (
     Estimate,
     area_under_curve,
     clustered_mean,

@@ -14,9 +14,10 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from polar import sources
-from polar.errors import InputError
-from polar.reading import (
+from polar.core.errors import InputError
+from polar.core.records import Comparison, Group, Message, Preference, Trajectory, Triple
+from polar.data import sources
+from polar.data.readers import (
     ReadReport,
     read_comparisons,
     read_groups,
@@ -26,7 +27,6 @@ from polar.reading import (
     read_triples,
     rows,
 )
-from polar.records import Comparison, Group, Message, Preference, Trajectory, Triple
 
 COMPARISON = {"prompt": "p", "reference": "r", "output": "o"}
 USER, GOOD, BAD = (
@@ -753,7 +753,7 @@ def test_a_missing_package_names_the_extra(monkeypatch):
 
 
 def test_imports_need_neither_torch_nor_datasets():
-    code = "import sys, polar.reading, polar.writing; print({'torch', 'datasets', 'transformers'} & {*sys.modules})"
+    code = "import sys; from polar.data import readers, writers; print({'torch', 'datasets'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 

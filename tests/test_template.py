@@ -6,8 +6,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from polar import Comparison, Group, InputError, Message, Template, TemplateSettings
-from polar.template import CHECKPOINT_FILE
-from polar.training.scratch import SCORE, SPLIT
+from polar.core.template import CHECKPOINT_FILE
+from polar.training.init_model import SCORE, SPLIT
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 wrappers = st.sampled_from(["sft", "pretrain"])

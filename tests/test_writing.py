@@ -10,9 +10,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from polar import writing
-from polar.errors import InputError
-from polar.reading import (
+from polar.core.errors import InputError
+from polar.core.records import Comparison, Group, Message, Preference, Trajectory, Triple, prompt_id, text_of
+from polar.data import writers
+from polar.data.readers import (
     read_comparisons,
     read_groups,
     read_preferences,
@@ -20,8 +21,7 @@ from polar.reading import (
     read_triples,
     rows,
 )
-from polar.records import Comparison, Group, Message, Preference, Trajectory, Triple, prompt_id, text_of
-from polar.writing import open_writer, record_to_dict
+from polar.data.writers import open_writer, record_to_dict
 
 NAMES = ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"]
 ROW = {"prompt": "p", "reference": "r", "output": "o"}
@@ -164,7 +164,7 @@ def test_no_rows(tmp_path, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_full_disk(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(writing, "ROW_GROUP", 50)
+    monkeypatch.setattr(writers, "ROW_GROUP", 50)
     given = [{"output": random.Random(n).randbytes(400).hex()} for n in range(400)]  # does not compress well
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
@@ -216,7 +216,7 @@ def test_standard_output(monkeypatch):
 
 
 def test_row_groups_and_missing_values(tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "ROW_GROUP", 2)
+    monkeypatch.setattr(writers, "ROW_GROUP", 2)
     given = [{"a": 1}, {"a": 2.5, "b": "x"}, {"b": "y"}, {"a": 3}, {"a": None}]
     write(tmp_path / "a.parquet", given)
     assert pq.ParquetFile(tmp_path / "a.parquet").num_row_groups == 3
@@ -226,7 +226,7 @@ def test_row_groups_and_missing_values(tmp_path, monkeypatch):
 
 
 def test_large_rows_make_small_row_groups(tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "ROW_GROUP_SIZE", 1000)
+    monkeypatch.setattr(writers, "ROW_GROUP_SIZE", 1000)
     with open_writer(tmp_path / "a.parquet") as writer:
         for _ in range(4):
             writer.write({"prompt": [{"role": "user", "content": "x" * 600}]})
@@ -250,7 +250,7 @@ def test_large_rows_make_small_row_groups(tmp_path, monkeypatch):
     ],
 )
 def test_rows_that_do_not_fit_the_first_ones(tmp_path, monkeypatch, row, problem):
-    monkeypatch.setattr(writing, "ROW_GROUP", 2)
+    monkeypatch.setattr(writers, "ROW_GROUP", 2)
     message = message_of(tmp_path / "a.parquet", [{"a": 1, "b": 0.5}, {"a": 2, "m": ["x"]}, row])
     assert message.startswith(f"{tmp_path / 'a.parquet'}: {problem}")
     assert list(tmp_path.iterdir()) == []

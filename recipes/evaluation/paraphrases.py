@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import sys
 
-from polar.errors import InputError
+from polar.core.errors import InputError
+from polar.core.records import text_of
+from polar.data.readers import ReadReport, read_trajectories
+from polar.data.writers import open_writer
+from polar.evaluation.datasets import read_items
 from polar.evaluation.suites import read_suite
-from polar.evaluation.tasks import read_items
-from polar.reading import ReadReport, read_trajectories
-from polar.records import text_of
-from polar.writing import open_writer
 
 REQUEST = (
     "Say the following text in other words, in the same language and in as much detail. Keep every fact, number, name "

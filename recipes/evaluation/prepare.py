@@ -31,7 +31,7 @@ from typing import Any
 import duckdb
 import pyarrow.parquet as pq
 
-from polar.writing import open_writer
+from polar.data.writers import open_writer
 
 HERE = Path(__file__).parent
 TRAINED_ON = ("arena_bench_gpt4", "halluqa_zh", "just_eval_safety", "llmzoo_reviews_en_zh")

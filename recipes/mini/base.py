@@ -32,7 +32,8 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=24576)
     arguments = parser.parse_args()
     model, tokenizer = read(arguments.source)
-    cut_layers(model, arguments.layers, arguments.vocabulary).to(torch.bfloat16).save_pretrained(arguments.output)
+    cut: Any = cut_layers(model, arguments.layers, arguments.vocabulary)
+    cut.to(torch.bfloat16).save_pretrained(arguments.output)
     cut_vocabulary(tokenizer, arguments.vocabulary).save_pretrained(arguments.output)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from polar.writing import open_writer
+from polar.data.writers import open_writer
 
 PREFERENCES = {
     "gsm8k-44-models": "zeroeval_gsm_verifiable",

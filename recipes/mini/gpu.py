@@ -98,7 +98,9 @@ def train(arguments: argparse.Namespace) -> None:
             speed = seen / (time.monotonic() - begin)
             accuracy = sum(margins[-2000:]) / len(margins[-2000:])
             print(f"step {step}: loss {float(loss):.4f}, accuracy {accuracy:.3f}, {speed:.0f} tokens/s", flush=True)
-    weights = {name: weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in model.named_parameters()}
+    weights = {
+        name: weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in model.named_parameters()
+    }
     save_file(weights, arguments.target)
 
 
@@ -149,7 +151,9 @@ def lay_out(row: list[list[list[int]]], device: str) -> tuple[Any, Tensor, Tenso
     from polar.core.template import EncodedGroup
     from polar.model.tree import tree_batch
 
-    better, worse, first = [], [], 0
+    better: list[int] = []
+    worse: list[int] = []
+    first = 0
     for _, *branches in row:
         better += [first] * (len(branches) - 1)
         worse += range(first + 1, first + len(branches))

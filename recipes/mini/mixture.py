@@ -35,8 +35,8 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from polar.baselines import length, unigram_f1
-from polar.records import Group
+from polar.core.baselines import length, unigram_f1
+from polar.core.records import Group
 
 HELD_OUT = 100
 CLOSED = re.compile(
@@ -788,60 +788,46 @@ def made(
             prompt, output = chats[number % len(chats)]
             pools.append((prompt, output, output, random.choice(chats)[1]))
         else:
-            item = random.choice(usable)
+            item, other = random.choice(usable), random.choice(usable)
             first, second = random.sample(item.right, 2)
-            form = random.choice(["full", "plain", "short"])
-            good = second.get(form) or second["full"]
-            foreign = random.choice(usable)
-            pools.append(
-                (
-                    item.prompt,
-                    first.get(random.choice(["full", "short"])) or first["full"],
-                    good,
-                    random.choice(foreign.right)["full"],
-                )
-            )
+            reference = first.get(random.choice(["full", "short"])) or first["full"]
+            good = second.get(random.choice(["full", "plain", "short"])) or second["full"]
+            pools.append((item.prompt, reference, good, random.choice(other.right)["full"]))
     for kind, (prompt, reference, good, foreign) in zip(kinds, pools, strict=True):
-        positive = reference if random.random() < 0.35 else good
-        if kind == "copy":
-            yield kind, (prompt, reference, reference, [foreign, changed(reference, random) or foreign])
-        elif kind == "changed":
-            wrong = [one for one in (changed(reference, random), changed(positive, random)) if one]
-            if wrong:
-                yield kind, (prompt, reference, positive, wrong)
-        elif kind == "cut":
-            if len(positive) > 60:
-                cuts = [positive[: int(len(positive) * random.uniform(*part))] for part in ((0.05, 0.4), (0.4, 0.8))]
-                yield kind, (prompt, reference, positive, cuts)
-        elif kind == "empty":
-            yield kind, (prompt, reference, positive, ["", random.choice([" ", "\n", "-", "\n\n\n"])])
-        elif kind == "repeated":
-            yield kind, (prompt, reference, positive, [prompt, f"{prompt}\n{prompt[: random.randrange(1, 200)]}"])
-        elif kind == "other":
-            yield kind, (prompt, reference, positive, [foreign])
-        elif kind == "key":
-            yield kind, (prompt, reference, positive, random.sample(KEYS, 2))
-        elif kind == "loop":
+        positive = reference if kind == "copy" or random.random() < 0.35 else good
+        if negatives := spoiled(kind, prompt, reference, positive, foreign, random):
+            yield kind, (prompt, reference, positive, negatives)
+
+
+def spoiled(kind: str, prompt: str, reference: str, positive: str, foreign: str, random: Random) -> list[str]:
+    """Answers that must be far below the positive one; none where the texts do not allow it."""
+    match kind:
+        case "copy":
+            return [foreign, changed(reference, random) or foreign]
+        case "changed":
+            return [one for one in (changed(reference, random), changed(positive, random)) if one]
+        case "cut":
+            parts = ((0.05, 0.4), (0.4, 0.8)) if len(positive) > 60 else ()
+            return [positive[: int(len(positive) * random.uniform(*part))] for part in parts]
+        case "empty":
+            return ["", random.choice([" ", "\n", "-", "\n\n\n"])]
+        case "repeated":
+            return [prompt, f"{prompt}\n{prompt[: random.randrange(1, 200)]}"]
+        case "other":
+            return [foreign]
+        case "key":
+            return random.sample(KEYS, 2)
+        case "loop":
             sentence = re.split(r"(?<=[.!?\n])\s", reference)[0][:120]
-            yield (
-                kind,
-                (
-                    prompt,
-                    reference,
-                    positive,
-                    [" ".join([sentence] * random.randrange(4, 12)), positive[:200] + (" " + positive[-15:]) * 20],
-                ),
-            )
-        elif kind == "keywords":
-            words = sorted(set(re.findall(r"\w{4,}", reference)))
+            return [" ".join([sentence] * random.randrange(4, 12)), positive[:200] + (" " + positive[-15:]) * 20]
+        case "keywords":
+            words, shuffled = sorted(set(re.findall(r"\w{4,}", reference))), reference.split()
             random.shuffle(words)
-            if len(words) > 6:
-                shuffled = reference.split()
-                random.shuffle(shuffled)
-                yield kind, (prompt, reference, positive, [", ".join(words[:40]), " ".join(shuffled)])
-        else:
-            words = random.choice(INJECTIONS)
-            yield kind, (prompt, reference, positive, [words, f"{foreign[:400]}\n{words}"])
+            random.shuffle(shuffled)
+            return [", ".join(words[:40]), " ".join(shuffled)] if len(words) > 6 else []
+        case _:
+            words_of_attack = random.choice(INJECTIONS)
+            return [words_of_attack, f"{foreign[:400]}\n{words_of_attack}"]
 
 
 if __name__ == "__main__":

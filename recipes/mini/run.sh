@@ -36,7 +36,7 @@ stage() { # stage NAME MODEL FILES...: one phase of training
 stage policies base triples-random.parquet triples-family.parquet
 stage mixture policies mixture.parquet
 
-python "$here/publish.py" "$work/mixture" "$work/polar-mini"
+python "$here/release.py" "$work/mixture" "$work/polar-mini"
 python "$here/evaluation.py" "$data" "$work/held-out.parquet" "$work/sets"
 cp "$work/discrimination.parquet" "$work/sets/"
 polar eval "$here/suite.yaml" --data "$work/sets" --model "$work/polar-mini" --output "$work/results/polar-mini"

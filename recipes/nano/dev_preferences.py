@@ -16,7 +16,7 @@ from random import Random
 
 import pyarrow.parquet as pq
 
-from polar.writing import open_writer
+from polar.data.writers import open_writer
 
 SOURCES = [
     "arena_bench_gpt4",

@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from polar.errors import InputError
-from polar.writing import open_writer
+from polar.core.errors import InputError
+from polar.data.writers import open_writer
 
 SPECIAL = re.compile(r"(\s*(<\|[a-z_]+\|>|</s>|<s>|<pad>|<unk>))+\s*$")
 MAX_CHARACTERS = 8000

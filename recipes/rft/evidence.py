@@ -30,11 +30,11 @@ from policies import make, write_rows
 from problems import RULES, WORDINGS, draw_problem, number_in, say
 
 from polar import RewardModel
-from polar.reading import read_trajectories
-from polar.records import prompt_id, text_of
+from polar.core.records import prompt_id, text_of
+from polar.data.readers import read_trajectories
 from polar.rft.config import RftConfig
 from polar.rft.named_rewards import named_reward
-from polar.training.scratch import ScratchConfig, from_scratch
+from polar.training.init_model import ScratchConfig, from_scratch
 
 HERE = Path(__file__).parent
 ARMS = ("polar", "scratch", "blind", "rouge-l", "exact")

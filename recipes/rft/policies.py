@@ -29,7 +29,7 @@ from problems import RULES, WORDINGS, Problem, Speaker, draw_problem, in_words, 
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from polar.training.scratch import BOS, PAD, train_tokenizer
+from polar.training.init_model import BOS, PAD, train_tokenizer
 
 END = "<|reward|>"  # of the four special tokens of the package's tokenizers, the one that ends an output here
 CHAT = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"

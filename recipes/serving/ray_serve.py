@@ -10,14 +10,14 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from ray import serve
 
-from polar.errors import InputError
+from polar.core.errors import InputError
+from polar.core.template import BUNDLED_NAME
 from polar.serving.app import create_app
 from polar.serving.batcher import Batcher
 from polar.serving.checkpoint import Checkpoint, Loading, load_checkpoint
-from polar.serving.guard import parse_keys
 from polar.serving.metrics import Metrics
+from polar.serving.middleware import parse_keys
 from polar.serving.service import Service
-from polar.template import BUNDLED_NAME
 
 KEYS = "POLAR_API_KEYS"
 

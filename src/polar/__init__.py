@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from polar.errors import InputError
-from polar.records import Comparison, Group, Message, Preference, Trajectory, Triple
-from polar.template import BUNDLED_MODEL, EncodedGroup, Template, TemplateSettings
-from polar.version import __version__
+from polar.core.errors import InputError
+from polar.core.records import Comparison, Group, Message, Preference, Trajectory, Triple
+from polar.core.template import BUNDLED_MODEL, EncodedGroup, Template, TemplateSettings
+from polar.core.version import __version__
 
 if TYPE_CHECKING:
     from polar.client.client import AsyncRewardModelClient

@@ -9,7 +9,7 @@ import pytest
 from polar import RewardModel
 from polar.cli.main import main
 from polar.cli.parity import QUESTIONS, compare
-from polar.template import EncodedGroup
+from polar.core.template import EncodedGroup
 from tests.client.fakes import Fake, Ids, Reply, sglang, vllm
 
 

@@ -9,9 +9,9 @@ import yaml
 from tokenizers import Tokenizer
 
 from polar.cli.main import main
-from polar.reading import read_trajectories, read_triples
-from polar.records import text_of
-from polar.writing import open_writer
+from polar.core.records import text_of
+from polar.data.readers import read_trajectories, read_triples
+from polar.data.writers import open_writer
 from tests.corpus.engines.tiny import save_policy
 from tests.corpus.sampling import files
 

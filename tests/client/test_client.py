@@ -14,7 +14,7 @@ import pytest
 from polar import AsyncRewardModelClient, Comparison, Group, InputError, RewardError, Template
 from polar.client.errors import EngineError
 from polar.client.servers import Limits, parse_addresses
-from polar.template import CHECKPOINT_FILE
+from polar.core.template import CHECKPOINT_FILE
 from tests.client import fakes
 from tests.client.fakes import ROUTES, Fake, Ids, Reply, reward, sigmoid
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
+from polar.core.records import prompt_id
 from polar.corpus.engines import Completion, Failure, Request, Result
 from polar.corpus.plan import Plan
 from polar.corpus.pool import Policy, Pool
 from polar.corpus.prompts import Prompt
 from polar.corpus.sample import sample
-from polar.records import prompt_id
 
 
 def pool(names: str = "abcd", **engine: object) -> Pool:

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polar.core.errors import InputError
+from polar.core.records import Message
 from polar.corpus.overlap import Decontaminator, NearDuplicates
-from polar.errors import InputError
-from polar.records import Message
 
 PASSAGE = (
     "The old lighthouse keeper climbed the winding stairs every evening to light the lamp, and he counted each "

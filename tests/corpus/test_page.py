@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from polar.core.records import Trajectory
 from polar.corpus.page import page, visible
 from polar.corpus.statistics import Sample, statistics
-from polar.records import Trajectory
 
 HOSTILE = [
     "<script>document.title = 'owned'</script>",

@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 
 from polar.cli.pair import pair as pair_command
+from polar.core.errors import InputError
+from polar.core.records import Trajectory, prompt_id
 from polar.corpus.pair import pair
-from polar.errors import InputError
-from polar.reading import read_trajectories, read_triples
-from polar.records import Trajectory, prompt_id
-from polar.writing import open_writer, record_to_dict
+from polar.data.readers import read_trajectories, read_triples
+from polar.data.writers import open_writer, record_to_dict
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polar.core.errors import InputError
+from polar.core.records import Message, Text, Trajectory, prompt_id, text_of
 from polar.corpus import sorting
 from polar.corpus.pair import pair
 from polar.corpus.sorting import decoded, open_sorter
-from polar.errors import InputError
-from polar.records import Message, Text, Trajectory, prompt_id, text_of
 
 TEXTS = st.text(max_size=12) | st.text("\0 =[]a\n\U0010ffff", max_size=4)
 DIALOGUES = st.lists(st.builds(Message, TEXTS, TEXTS), min_size=1, max_size=3).map(tuple)

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polar.core.errors import InputError
+from polar.core.records import Trajectory, Triple, text_of
 from polar.corpus.pair import PairReport, pair
 from polar.corpus.strategies import Lineage, read_lineages, rivals
-from polar.errors import InputError
-from polar.records import Trajectory, Triple, text_of
 
 LINEAGES = {
     "a10": Lineage("a", 10),

@@ -5,8 +5,8 @@ from random import Random
 import pytest
 import yaml
 
+from polar.core.errors import InputError
 from polar.corpus.pool import Decoding, HttpEngine, Pool, draw, read_pool
-from polar.errors import InputError
 
 HTTP = {"type": "http", "base_url": "http://127.0.0.1:8000/v1/", "model": "m"}
 POLICY = {"name": "a", "kind": "chat", "engine": HTTP}

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polar.cli.main import main
+from polar.core.errors import InputError
+from polar.core.records import Message
 from polar.corpus.prompts import load_tokenizer, prefixes, read_prompts
-from polar.errors import InputError
-from polar.reading import ReadReport, rows
-from polar.records import Message
-from polar.writing import open_writer
+from polar.data.readers import ReadReport, rows
+from polar.data.writers import open_writer
 
 TOKENIZER = load_tokenizer(None)
 

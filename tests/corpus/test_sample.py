@@ -16,14 +16,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from polar.core.errors import InputError
+from polar.core.records import prompt_id
 from polar.corpus import journal
 from polar.corpus.engines import Failure, Request
 from polar.corpus.plan import Plan
 from polar.corpus.pool import Policy
 from polar.corpus.sample import SampleReport, sample
-from polar.errors import InputError
-from polar.reading import read_trajectories
-from polar.records import prompt_id
+from polar.data.readers import read_trajectories
 from tests.corpus.sampling import SeededEngine, files, pool, prompts
 
 PLAN = Plan(pool())
@@ -254,7 +254,7 @@ def test_the_systems_own_limit_on_files_is_one_line_too(tmp_path: Path) -> None:
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "from tests.corpus.sampling import *\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))\n"
-        "from polar.errors import InputError\n"
+        "from polar.core.errors import InputError\n"
         "try:\n    sample(Plan(pool()), prompts(200), sys.argv[1], open_engine=SeededEngine)\n"
         "except InputError as error: print(error)\n"
     )

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polar.cli.main import main
+from polar.core.errors import InputError
+from polar.core.records import Message, Trajectory, prompt_id
 from polar.corpus import subset
 from polar.corpus.report import Report, blank
 from polar.corpus.statistics import Sample, read_samples, statistics
 from polar.corpus.subset import Subset
-from polar.errors import InputError
-from polar.reading import ReadReport
-from polar.records import Message, Trajectory, prompt_id
+from polar.data.readers import ReadReport
 
 TINY = [
     {"prompt": "Hi there", "policy": "b", "output": "one two", "sample": 0},

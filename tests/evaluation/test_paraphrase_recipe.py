@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from polar.evaluation.probes import read_paraphrases
+from polar.evaluation.perturbations import read_paraphrases
 from tests.evaluation.evaluating import write_rows
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "evaluation" / "paraphrases.py"

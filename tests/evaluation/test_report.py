@@ -13,15 +13,15 @@ import pytest
 
 from polar import InputError
 from polar.cli.main import main
+from polar.core.metrics import clustered_mean
 from polar.evaluation.card import model_card
+from polar.evaluation.columns import Collected, Part
 from polar.evaluation.compare import bootstrap
 from polar.evaluation.manifest import DatasetFacts, Manifest, ModelFacts, Task, write_manifest
 from polar.evaluation.mistakes import MISTAKES
-from polar.evaluation.outcomes import Collected, Part
 from polar.evaluation.page import page
 from polar.evaluation.records import MODEL, RECORDS, WITHOUT_REFERENCE, Record, shard_path, write_shard
 from polar.evaluation.report import Report, build_report
-from polar.metrics import clustered_mean
 
 HOSTILE = [
     "<script>document.title = 'owned'</script>",

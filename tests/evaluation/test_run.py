@@ -14,12 +14,12 @@ import pytest
 
 from polar import Comparison, InputError, Preference, RewardModel
 from polar.cli.evaluate import evaluate as evaluate_command
+from polar.core.records import Message, prompt_id, text_of
+from polar.data.writers import record_to_dict
 from polar.evaluation.manifest import read_manifest
 from polar.evaluation.records import WITHOUT_REFERENCE, Record, read_records
 from polar.evaluation.report import build_report
 from polar.evaluation.summary import summarise
-from polar.records import Message, prompt_id, text_of
-from polar.writing import record_to_dict
 from tests.evaluation.evaluating import triples, write_rows
 
 PREFERENCES = [

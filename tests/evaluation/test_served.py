@@ -8,10 +8,10 @@ import pytest
 from polar import InputError, RewardModel
 from polar.cli.eval_report import report as report_command
 from polar.cli.evaluate import evaluate
+from polar.data.writers import record_to_dict
 from polar.evaluation.manifest import read_manifest
 from polar.evaluation.records import read_records
 from polar.evaluation.report import build_report
-from polar.writing import record_to_dict
 from tests.client.fakes import Fake, Ids, Reply, rewards_of
 from tests.evaluation.evaluating import triples, write_rows
 from tests.serving.serving import serving

@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 
 from polar import InputError
+from polar.core.records import Group
 from polar.evaluation.items import Item
-from polar.evaluation.probes import INJECTION, PROBES, REWORDINGS, TRANSFORMATIONS, probed
+from polar.evaluation.perturbations import INJECTION, PROBES, REWORDINGS, TRANSFORMATIONS, probed
 from polar.evaluation.suites import SUITES, ReferenceSource, read_suite
-from polar.records import Group
 from tests.evaluation.evaluating import write_rows
 
 SUITE = """

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polar.core.metrics import clustered_mean
 from polar.evaluation.best_of_n import Point, best_of
 from polar.evaluation.diagnostics import Diagnosis
 from polar.evaluation.manifest import Manifest
 from polar.evaluation.records import Record
 from polar.evaluation.summary import Summary, summary_of
 from polar.evaluation.survey import survey_of
-from polar.metrics import clustered_mean
 from tests.evaluation.evaluating import manifest, record
 
 

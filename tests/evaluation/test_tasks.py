@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 
 from polar import InputError
+from polar.core.records import text_of
+from polar.data.readers import ReadReport
+from polar.data.writers import record_to_dict
+from polar.evaluation.datasets import read_items
 from polar.evaluation.items import Item, sample, stretches
 from polar.evaluation.suites import Dataset, ReferenceSource
-from polar.evaluation.tasks import read_items
-from polar.reading import ReadReport
-from polar.records import text_of
-from polar.writing import record_to_dict
 from tests.evaluation.evaluating import triples, write_rows
 
 REFERENCE = {"reference": "It is 4."}

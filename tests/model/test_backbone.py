@@ -9,11 +9,11 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from polar import InputError, RewardModel, Template
+from polar.core.template import EncodedGroup
 from polar.model.backbone import prepare
 from polar.model.last_layer import _take
 from polar.model.reward_model import _rows
 from polar.model.tree import hidden_states, rewards, tree_batch
-from polar.template import EncodedGroup
 from tests.conftest import build_model
 
 SMALL = {

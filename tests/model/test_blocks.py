@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from polar import RewardModel
+from polar.core.template import EncodedGroup
 from polar.model.attention import segment_table
 from polar.model.blocks import QUERIES, STEP, Blocks, block_attention, row_blocks
 from polar.model.products import few_lengths, multiplies_bfloat16
 from polar.model.tree import rewards, tree_batch
-from polar.template import EncodedGroup
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from polar import BUNDLED_MODEL, Group, RewardModel
-from polar.reading import read_groups
+from polar.data.readers import read_groups
 
 GOLDEN = [
     *(-0.3622, -1.9723),

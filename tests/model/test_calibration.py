@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from polar import Comparison, Group, InputError, RewardModel
 from polar.cli.main import main
+from polar.core.template import read_checkpoint_file
 from polar.model.calibration import Calibration, Sample, calibrate, fit_temperature, read_samples, scaling
 from polar.model.export import export
 from polar.serving.checkpoint import Loading, load_checkpoint
-from polar.template import read_checkpoint_file
 from polar.training.config import FinetuneConfig
 from polar.training.run import finetune
 

@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from polar.cli.convert import convert as convert_command
-from polar.errors import InputError
+from polar.core.errors import InputError
+from polar.core.records import Comparison, Message
+from polar.core.template import Template, TemplateSettings, read_checkpoint_file, seed_text
 from polar.model import internlm2
 from polar.model.files import read_shard
 from polar.model.internlm2 import SOURCE_FILES, convert
 from polar.model.internlm2_layout import BASE_MODEL, REWARD_MODEL, map_config, map_tensor, source_shapes
-from polar.records import Comparison, Message
-from polar.template import Template, TemplateSettings, read_checkpoint_file, seed_text
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "golden"
 MODEL1 = FIXTURES / "model1"

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from polar import RewardModel, Template
+from polar.core.template import EncodedGroup
 from polar.model.last_layer import last_layer_only_at
 from polar.model.products import few_lengths
 from polar.model.tree import rewards, tree_batch
-from polar.template import EncodedGroup
 from tests.conftest import ARCHITECTURES, build_model
 
 GROUPS = [EncodedGroup(list(range(10, 40)), [[50, 51, 52], [60] * 70], []), EncodedGroup([], [[7, 8, 9]], [])]

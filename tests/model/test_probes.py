@@ -11,10 +11,10 @@ from transformers import AutoModelForSequenceClassification
 
 from polar import BUNDLED_MODEL, RewardModel, Template
 from polar.client.probe import Probe, diagnose, read_probes
+from polar.core.template import CHECKPOINT_FILE
 from polar.model.export import export
 from polar.model.internlm2 import convert
 from polar.model.probes import COMPARISONS, write_probes
-from polar.template import CHECKPOINT_FILE
 from tests.conftest import build_model
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden" / "model1"

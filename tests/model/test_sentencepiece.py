@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
-from polar.errors import InputError
+from polar.core.errors import InputError
 from polar.model.sentencepiece import build_tokenizer, read_model
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "golden"

@@ -14,13 +14,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from polar import InputError, RewardModel
+from polar.core.template import EncodedGroup
 from polar.model import attention, row_attention, tree
 from polar.model.attention import TREE_ATTENTION, block_mask, segment_table, tree_attention, varlen_arguments
 from polar.model.backbone import prepare
 from polar.model.blocks import Blocks
 from polar.model.reward_model import _rows
 from polar.model.tree import rewards, row_length, tree_batch
-from polar.template import EncodedGroup
 
 
 def group(prefix: int, *branches: int, seed: int = 0) -> EncodedGroup:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from polar.core.template import CHECKPOINT_FILE
 from polar.rft import reward
-from polar.template import CHECKPOINT_FILE
 from tests.client.conftest import served, short_pauses  # noqa: F401
 from tests.client.fakes import Fake
 

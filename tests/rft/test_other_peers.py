@@ -16,8 +16,8 @@ import torch
 
 import polar.rft.openrlhf
 from polar import Comparison, Message, RewardModel
-from polar.formats import label_of
-from polar.template import BUNDLED_MODEL
+from polar.core.template import BUNDLED_MODEL
+from polar.data.formats import label_of
 from tests.serving.serving import Process, serving
 
 pytestmark = pytest.mark.slow

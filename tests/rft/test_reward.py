@@ -16,7 +16,7 @@ import pytest
 
 from polar import Comparison, InputError, Message, RewardError, Template
 from polar.rft.reward import Reward, Scored, reward_for
-from polar.rft.samples import Sample
+from polar.rft.sample import Sample
 from tests.client.fakes import Fake, Ids, Reply, reward, sigmoid
 from tests.client.test_faults import free_port
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from polar import InputError, Message
-from polar.fields import Row
-from polar.rft.tasks import BOXED, Task, UnusableError, answer_in, boxed, read_task
+from polar.data.fields import Row
+from polar.rft.prompts import BOXED, Task, UnusableError, answer_in, boxed, read_task
 
 
 def task(**fields: Any) -> Task:

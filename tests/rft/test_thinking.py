@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar.records import Message
-from polar.rft.thinking import opens_thinking, strip_thinking
+from polar.core.records import Message
+from polar.core.text import opens_thinking, strip_thinking
 
 TABLE = [
     # text, answer, answer when the prompt has opened the block

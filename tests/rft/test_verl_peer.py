@@ -18,8 +18,8 @@ import pytest
 
 from polar import Comparison, Message, RewardError, RewardModel
 from polar.cli.main import main
-from polar.rft.tasks import BOXED
-from polar.template import BUNDLED_MODEL
+from polar.core.template import BUNDLED_MODEL
+from polar.rft.prompts import BOXED
 from tests.serving.serving import Process, serving
 
 pytestmark = [

@@ -22,8 +22,8 @@ from polar import EncodedGroup
 from polar.serving.app import create_app
 from polar.serving.batcher import Batcher
 from polar.serving.checkpoint import Checkpoint, Loading, load_checkpoint
-from polar.serving.guard import Limits
 from polar.serving.metrics import Metrics
+from polar.serving.middleware import Limits
 from polar.serving.service import Service
 
 Result = TypeVar("Result")

@@ -10,8 +10,8 @@ import torch
 from polar import EncodedGroup, RewardModel
 from polar.serving.batcher import Batcher
 from polar.serving.checkpoint import Checkpoint
+from polar.serving.errors import NoRewardError
 from polar.serving.metrics import Metrics
-from polar.serving.refusal import NoRewardError
 from tests.serving.serving import nano
 
 TOLERANCE = 1e-5

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from polar import Comparison, RewardModel
-from polar.formats import label_of
+from polar.core.template import seed_text
+from polar.data.formats import label_of
 from polar.model.internlm2 import convert
 from polar.serving.checkpoint import load_checkpoint
 from polar.serving.service import Service
-from polar.template import seed_text
 from tests.serving.serving import CPU, flat, nano, post, service
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "golden"

@@ -15,9 +15,9 @@ from polar.client.errors import EngineError
 from polar.client.probe import Probe
 from polar.serving.app import create_app
 from polar.serving.checkpoint import Checkpoint
+from polar.serving.errors import RefusalError
 from polar.serving.gateway import addresses, load_served, score_elsewhere
 from polar.serving.metrics import Metrics
-from polar.serving.refusal import RefusalError
 from polar.serving.server import bind, serve
 from polar.serving.service import Service
 from tests.serving.serving import CPU, ask, flat, service

@@ -11,8 +11,8 @@ from starlette.types import Message
 from polar import EncodedGroup, InputError
 from polar.serving.app import create_app
 from polar.serving.checkpoint import Checkpoint
-from polar.serving.guard import Limits, parse_keys
-from polar.serving.refusal import RefusalError
+from polar.serving.errors import RefusalError
+from polar.serving.middleware import Limits, parse_keys
 from tests.serving.serving import JSON, Stalled, ask, flat, nano, post, service
 
 BODY = {"prompt": "2+2?", "reference": "It is 4.", "candidates": ["4", "five"]}

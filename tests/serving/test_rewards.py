@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polar import Group, Message, RewardModel
-from polar.errors import InputError
-from polar.references import Aggregate, aggregated
+from polar.core.errors import InputError
+from polar.core.references import Aggregate, aggregated
 from polar.serving.checkpoint import Calibration, load_checkpoint
 from tests.serving.serving import CPU, nano, post, service
 

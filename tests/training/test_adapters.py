@@ -17,11 +17,11 @@ from polar.cli.convert import convert
 from polar.cli.main import main
 from polar.model import adapters as saved_adapters
 from polar.training import run
-from polar.training.adapters import add_adapters
 from polar.training.batches import Collator, examples_from_preferences
 from polar.training.checkpoints import newest_complete
 from polar.training.config import FinetuneConfig, LoraSettings, PretrainConfig
 from polar.training.discriminator import Discriminator
+from polar.training.lora import add_adapters
 from polar.training.run import finetune, pretrain
 from polar.training.trainer import RewardTrainer
 

@@ -11,15 +11,15 @@ import pytest
 
 from polar import InputError, Preference, RewardModel, Template, Triple
 from polar.cli.main import main
-from polar.reading import read_preferences
-from polar.training import store
+from polar.data.readers import read_preferences
+from polar.data.writers import open_writer
+from polar.training import example_store
 from polar.training.batches import Example, examples_from_preferences, examples_from_triples
 from polar.training.checks import of_several_policies, told_apart
 from polar.training.config import PretrainConfig
+from polar.training.example_store import write_examples
+from polar.training.init_model import ScratchConfig
 from polar.training.run import pretrain
-from polar.training.scratch import ScratchConfig
-from polar.training.store import write_examples
-from polar.writing import open_writer
 
 XTUNER_ROWS = json.loads((Path(__file__).parents[1] / "fixtures" / "golden" / "training.json").read_text("utf-8"))
 SMALL = ScratchConfig(vocab_size=300, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=1)
@@ -113,7 +113,7 @@ def test_xtuners_training_file_trains_unchanged(
     flags = ["--model", str(checkpoint), "--data", str(data), "--output", str(output), "--batch-size", "2"]
     assert main(["finetune", *flags, "--max-length", "512"]) == 0, capsys.readouterr().err
     tuned = RewardModel.load(output)
-    examples = store.ExampleStore(output / "run" / "examples.arrow")
+    examples = example_store.ExampleStore(output / "run" / "examples.arrow")
     assert len(examples) == len(rows)
     continuing = next(number for number, row in enumerate(rows) if row.get("wrapper") == "pretrain")
     (record,) = list(read_preferences(data))[continuing : continuing + 1]
@@ -152,8 +152,8 @@ def many_rows(count: int) -> Iterator[dict[str, str]]:
 def test_memory_does_not_grow_with_the_data(
     kind: str, template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "BATCH_TOKENS", 1 << 12)
-    monkeypatch.setattr("polar.writing.ROW_GROUP", 50)
+    monkeypatch.setattr(example_store, "BATCH_TOKENS", 1 << 12)
+    monkeypatch.setattr("polar.data.writers.ROW_GROUP", 50)
     peaks = []
     for number, count in enumerate((150, 150, 1200)):  # what is loaded once is loaded in the first round
         path = f"{tmp_path}/{number}.{kind}"

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from polar import InputError, Preference, RewardModel, Template, Triple
+from polar.core.records import Message
 from polar.model.internlm2 import convert
-from polar.records import Message
 from polar.training.batches import Collator, examples_from_preferences, examples_from_triples
 from polar.training.config import FinetuneConfig, PretrainConfig
 from polar.training.discriminator import Discriminator

@@ -1,7 +1,7 @@
 import pytest
 
 from polar.cli.main import main
-from polar.errors import InputError
+from polar.core.errors import InputError
 from polar.training.plan import DEVICES, Run, batch_size, forecast, learning_rate, quantity
 
 PAPER = {  # D.1.2: parameters, tokens before, tokens of the corpus, learning rate, batch, GPUs (H800), hours

@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from polar import RewardModel
+from polar.core.template import EncodedGroup, Truncation
 from polar.model.tree import TreeBatch, tree_batch
-from polar.template import EncodedGroup, Truncation
 from polar.training.config import PretrainConfig
+from polar.training.init_model import ScratchConfig
 from polar.training.run import pretrain
-from polar.training.scratch import ScratchConfig
 from polar.training.speed import Cost, Meter, cost_of, peak_of
 from polar.training.trainer import RewardTrainer
 

@@ -12,13 +12,13 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from polar import InputError, RewardModel
+from polar.core.template import CHECKPOINT_FILE, read_checkpoint_file
 from polar.model.files import own_files
 from polar.model.weights import weights_hash
-from polar.template import CHECKPOINT_FILE, read_checkpoint_file
 from polar.training import run
 from polar.training.config import FinetuneConfig, LoraSettings
+from polar.training.init_model import fitting_lengths
 from polar.training.run import finetune
-from polar.training.scratch import fitting_lengths
 from tests.killing import killed_before_change
 
 

@@ -10,9 +10,9 @@ from scipy import stats
 
 from polar.cli.main import main
 from polar.cli.scaling import read_sweep
-from polar.errors import InputError
+from polar.core.errors import InputError
+from polar.training.init_model import ScratchConfig, from_scratch, train_tokenizer
 from polar.training.scaling import Point, fit, frontier, largest_budgets, parameters_of, plot, summary
-from polar.training.scratch import ScratchConfig, from_scratch, train_tokenizer
 from tests.conftest import SENTENCES
 
 SIZES = [5e7, 1e8, 2.5e8, 5e8, 1e9]

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar.errors import InputError
-from polar.records import Triple
-from polar.template import Template
+from polar.core.errors import InputError
+from polar.core.records import Triple
+from polar.core.template import Template
 from polar.training.batches import examples_from_triples
-from polar.training.store import ExampleStore, fingerprint_of, open_examples, write_examples
+from polar.training.example_store import ExampleStore, fingerprint_of, open_examples, write_examples
 from polar.training.stream import BatchStream
 
 LENGTHS = st.lists(st.integers(1, 1000), min_size=1, max_size=300).map(lambda values: np.array(values, np.int64))

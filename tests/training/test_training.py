@@ -25,14 +25,14 @@ from transformers import (
 
 from polar import BUNDLED_MODEL, Comparison, Group, InputError, Preference, RewardModel, Template, Triple
 from polar.cli.main import main
-from polar.errors import TerminatedError
+from polar.core.errors import TerminatedError
 from polar.training.batches import Collator, examples_from_preferences, examples_from_triples
 from polar.training.checkpoints import COMPLETE, newest_complete
 from polar.training.config import FinetuneConfig, PretrainConfig
 from polar.training.discriminator import Discriminator
+from polar.training.init_model import BOS, PAD, ScratchConfig, train_tokenizer
 from polar.training.objectives import lexical_targets
 from polar.training.run import finetune, pretrain
-from polar.training.scratch import BOS, PAD, ScratchConfig, train_tokenizer
 from polar.training.trainer import RewardTrainer
 
 SMALL = ScratchConfig(

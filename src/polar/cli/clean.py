@@ -13,13 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from polar.cli.progress import progress_bar
+from polar.core.errors import InputError
+from polar.core.files import write_text
 from polar.corpus import clean as cleaning
 from polar.corpus.clean import CleanReport, Counts, CutEndings, Drop, read_rows
 from polar.corpus.overlap import Decontaminator, NearDuplicates
-from polar.errors import InputError
-from polar.files import write_text
-from polar.reading import OnBadRow, ReadReport
-from polar.writing import open_writer
+from polar.data.readers import OnBadRow, ReadReport
+from polar.data.writers import open_writer
 
 SHOWN = 5
 """Shared n-grams in the table; the report has more."""

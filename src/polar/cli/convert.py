@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from polar.files import require_new
+from polar.core.files import require_new
 from polar.model import internlm2
 from polar.model.adapters import ADAPTER_CONFIG, is_adapter
 from polar.model.files import local_directory

@@ -11,12 +11,12 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.text import Text
 
+from polar.core.errors import InputError
+from polar.core.files import on_disk, write_text
 from polar.corpus.page import visible
-from polar.errors import InputError
 from polar.evaluation.card import model_card
 from polar.evaluation.page import page
 from polar.evaluation.report import build_report
-from polar.files import on_disk, write_text
 
 
 def report(

@@ -18,7 +18,11 @@ from polar.cli.evaluation_tables import show
 from polar.cli.models import Model, open_model
 from polar.cli.progress import progress_bar
 from polar.client.engines import ServerType
-from polar.errors import InputError
+from polar.core.errors import InputError
+from polar.core.files import write_json
+from polar.core.template import BUNDLED_NAME
+from polar.core.version import __version__
+from polar.data.readers import OnBadRow
 from polar.evaluation.baselines import baselines, library_versions
 from polar.evaluation.facts import commit, model_facts
 from polar.evaluation.manifest import Manifest
@@ -27,10 +31,6 @@ from polar.evaluation.run import evaluate as run
 from polar.evaluation.run import planned
 from polar.evaluation.suites import Dataset, ReferenceSource, Suite, read_suite
 from polar.evaluation.summary import SUMMARY, summarise
-from polar.files import write_json
-from polar.reading import OnBadRow
-from polar.template import BUNDLED_NAME
-from polar.version import __version__
 
 Files = Annotated[Sequence[str], Parameter(negative="")]
 

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Cell
 
+from polar.core.metrics import FEW_CLUSTERS, Estimate
 from polar.evaluation.manifest import TASKS, Manifest
 from polar.evaluation.records import MODEL
 from polar.evaluation.summary import RIVAL, BestOfN, Official, Result, Sensitivity, SeveralReferences, Summary
-from polar.metrics import FEW_CLUSTERS, Estimate
 
 MANY_NUMBERS = 9
 """Most columns of a benchmark's own numbers; all of them are in the summary."""

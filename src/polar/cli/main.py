@@ -23,9 +23,9 @@ from cyclopts.config import Env, Yaml
 from rich.console import Console
 from rich.logging import RichHandler
 
-from polar.errors import InputError, TerminatedError
-from polar.fields import describe
-from polar.version import __version__
+from polar.core.errors import InputError, TerminatedError
+from polar.core.version import __version__
+from polar.data.fields import describe
 
 COMMANDS = {
     "score": ("polar.cli.score", "score outputs against references"),

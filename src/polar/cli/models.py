@@ -11,10 +11,10 @@ from polar.client.client import served_directory
 from polar.client.engines import ServerType
 from polar.client.errors import RewardError
 from polar.client.sync import RewardModelClient
-from polar.errors import InputError
+from polar.core.errors import InputError
+from polar.core.template import Compat, Template
 from polar.model.calibration import Calibration, read_calibration
 from polar.model.reward_model import RewardModel
-from polar.template import Compat, Template
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from polar.cli.progress import progress_bar
+from polar.core.errors import InputError
+from polar.core.records import Trajectory, Wrapper
 from polar.corpus import pair as pairing
 from polar.corpus.pair import PairReport
 from polar.corpus.strategies import Strategy, read_lineages
-from polar.errors import InputError
-from polar.reading import ReadReport, read_trajectories
-from polar.records import Trajectory, Wrapper
-from polar.writing import open_writer, record_to_dict
+from polar.data.readers import ReadReport, read_trajectories
+from polar.data.writers import open_writer, record_to_dict
 
 SHOWN = 5
 """How many of the most lopsided policies the report names."""

@@ -20,13 +20,13 @@ from polar.client.client import AsyncRewardModelClient
 from polar.client.engines import ServerType
 from polar.client.errors import EngineError, RewardError
 from polar.client.servers import Limits
-from polar.errors import InputError
-from polar.files import write_json
+from polar.core.errors import InputError
+from polar.core.files import write_json
+from polar.core.records import Group
+from polar.core.template import BUNDLED_NAME
+from polar.core.version import __version__
+from polar.data.readers import read_groups, read_triples
 from polar.model.reward_model import RewardModel
-from polar.reading import read_groups, read_triples
-from polar.records import Group
-from polar.template import BUNDLED_NAME
-from polar.version import __version__
 
 Files = Annotated[Sequence[str], Parameter(negative="")]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from polar.errors import InputError
+from polar.core.errors import InputError
 from polar.training.plan import DEVICES, PAPER_TOKENS_PER_TRIPLE, PAPER_UTILIZATION, Run, forecast, quantity
 
 

@@ -9,11 +9,11 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from polar.cli.progress import progress_bar
+from polar.core.errors import InputError
 from polar.corpus.prompts import load_tokenizer, prefixes
-from polar.errors import InputError
-from polar.fields import string_at
-from polar.reading import rows
-from polar.writing import open_writer
+from polar.data.fields import string_at
+from polar.data.readers import rows
+from polar.data.writers import open_writer
 
 
 def prompts(

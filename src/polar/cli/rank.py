@@ -14,18 +14,18 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text as Cell
 
-from polar import formats
 from polar.cli.models import Model, open_model
 from polar.cli.progress import progress_bar
 from polar.cli.score import WINDOW, Verbatim
 from polar.client.engines import ServerType
-from polar.errors import InputError
-from polar.fields import Row, as_text
+from polar.core.errors import InputError
+from polar.core.records import Group, text_of
+from polar.core.template import BUNDLED_NAME
+from polar.data import formats
+from polar.data.fields import Row, as_text
+from polar.data.readers import OnBadRow, ReadReport, convert_rows
+from polar.data.writers import open_writer
 from polar.model.calibration import scaling
-from polar.reading import OnBadRow, ReadReport, convert_rows
-from polar.records import Group, text_of
-from polar.template import BUNDLED_NAME
-from polar.writing import open_writer
 
 ADDED = ("rank", "reward", "zscore", "candidate")
 """The fields that a result has beside those of its row."""

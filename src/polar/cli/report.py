@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.text import Text
 
 from polar.cli.progress import progress_bar
+from polar.core.files import on_disk, write_text
 from polar.corpus.page import page, visible
 from polar.corpus.statistics import Sample, read_samples, statistics
-from polar.files import on_disk, write_text
-from polar.reading import OnBadRow, ReadReport
+from polar.data.readers import OnBadRow, ReadReport
 
 
 def report(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from polar.client.errors import RewardError
-from polar.errors import InputError
+from polar.core.errors import InputError
 from polar.rft.config import RftConfig
 
 

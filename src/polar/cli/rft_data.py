@@ -11,10 +11,10 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from polar.cli.progress import progress_bar
+from polar.core.errors import InputError
+from polar.core.files import on_disk
 from polar.corpus.sample import SampleReport
-from polar.errors import InputError
-from polar.files import on_disk
-from polar.rft.data import DataReport, Reading, first_examples, read_tasks, write_tasks
+from polar.rft.dataset import DataReport, Reading, first_examples, read_tasks, write_tasks
 from polar.rft.layouts import Framework
 from polar.rft.references import Asking, ask_for_references, with_references
 

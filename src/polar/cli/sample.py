@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from polar.cli.progress import progress_bar
+from polar.core.errors import InputError
 from polar.corpus import engines
 from polar.corpus import sample as sampling
 from polar.corpus.engines import cluster
@@ -21,8 +22,7 @@ from polar.corpus.plan import Design, Plan
 from polar.corpus.pool import read_pool
 from polar.corpus.prompts import read_prompts
 from polar.corpus.sample import SampleReport
-from polar.errors import InputError
-from polar.reading import ReadReport
+from polar.data.readers import ReadReport
 
 REASONS = 3
 """Most reasons that the table shows of a policy."""

@@ -11,10 +11,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from polar.errors import InputError
+from polar.core.errors import InputError
 from polar.training.config import PretrainConfig
+from polar.training.init_model import ScratchConfig
 from polar.training.scaling import plot, run_sweep, summary
-from polar.training.scratch import ScratchConfig
 
 
 def scaling(recipe: str, /, *, output: str) -> None:

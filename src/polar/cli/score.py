@@ -16,13 +16,13 @@ from rich.text import Text as Cell
 from polar.cli.models import Model, open_model
 from polar.cli.progress import progress_bar
 from polar.client.engines import ServerType
-from polar.errors import InputError
+from polar.core.errors import InputError
+from polar.core.records import Group, text_of
+from polar.core.references import Aggregate, aggregated, groups_of
+from polar.core.template import BUNDLED_NAME, Compat, EncodedGroup
+from polar.data.readers import ReadReport, read_groups_by_reference
+from polar.data.writers import open_writer
 from polar.model.calibration import Scale, scaling, with_reference
-from polar.reading import ReadReport, read_groups_by_reference
-from polar.records import Group, text_of
-from polar.references import Aggregate, aggregated, groups_of
-from polar.template import BUNDLED_NAME, Compat, EncodedGroup
-from polar.writing import open_writer
 
 WINDOW = 256
 """Groups that are read, scored and written at a time, so that memory stays flat."""

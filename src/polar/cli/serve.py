@@ -11,8 +11,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from polar.errors import InputError
-from polar.template import BUNDLED_NAME, Compat
+from polar.core.errors import InputError
+from polar.core.template import BUNDLED_NAME, Compat
 
 try:
     from polar.serving import server
@@ -20,8 +20,8 @@ try:
     from polar.serving.batcher import Batcher
     from polar.serving.checkpoint import Loading, load_checkpoint
     from polar.serving.gateway import load_served, score_elsewhere
-    from polar.serving.guard import Limits, parse_keys
     from polar.serving.metrics import Metrics
+    from polar.serving.middleware import Limits, parse_keys
     from polar.serving.service import Score, Service
 except ModuleNotFoundError as error:
     raise InputError(f"polar serve needs {error.name}: pip install 'polar-rm[serve]'") from error

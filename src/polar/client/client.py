@@ -10,17 +10,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, cast
 
-from polar import formats
 from polar.client.batching import Gatherer, batches
 from polar.client.engines import Answer, ServerType, ways_to_ask
 from polar.client.errors import EngineError, RewardError
 from polar.client.probe import diagnose, read_probes
 from polar.client.servers import Limits, Server, open_server, parse_addresses, server_key
 from polar.client.transport import ABOUT_ITEMS, NO_SUCH_PATH, RefusedError, Transport
-from polar.errors import InputError
-from polar.formats import Item
-from polar.records import Comparison, Group
-from polar.template import BUNDLED_MODEL, BUNDLED_NAME, Compat, EncodedGroup, Template
+from polar.core.errors import InputError
+from polar.core.records import Comparison, Group
+from polar.core.template import BUNDLED_MODEL, BUNDLED_NAME, Compat, EncodedGroup, Template
+from polar.data import formats
+from polar.data.formats import Item
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ class AsyncRewardModelClient:
     async def score_ids(
         self, sequences: Iterable[list[int]], *, progress: Callable[[int], object] | None = None
     ) -> list[float]:
-        """Rewards of inputs that `polar.template` has encoded already (`EncodedGroup.sequences`); see `score`."""
+        """Rewards of inputs that `polar.core.template` has encoded already (`EncodedGroup.sequences`); see `score`."""
         return _complete(await self._answers([ids or "an input without tokens" for ids in sequences], progress))
 
     async def score_one(self, comparison: Comparison) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from polar.errors import InputError
+from polar.core.errors import InputError
 
 SHOWN = 3
 """Failures that a message names."""

@@ -15,8 +15,8 @@ import httpx2
 from polar.client.errors import EngineError
 from polar.client.servers import connection, parse_addresses, pause, server_key
 from polar.client.transport import MOST_BYTES, NO_SUCH_PATH, QUESTION
-from polar.template import CHECKPOINT_FILE
-from polar.wire import error_message, one_line, parse_json
+from polar.core.http import error_message, one_line, parse_json
+from polar.core.template import CHECKPOINT_FILE
 
 log = logging.getLogger(__name__)
 

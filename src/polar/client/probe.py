@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polar.client.engines import Answer
-from polar.errors import InputError
-from polar.template import CHECKPOINT_FILE, read_checkpoint_file
+from polar.core.errors import InputError
+from polar.core.template import CHECKPOINT_FILE, read_checkpoint_file
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from typing import Any, cast
 import httpx2
 
 from polar.client.engines import ENGINES, Engine, ServerType
-from polar.errors import InputError
-from polar.wire import api_key, is_local
+from polar.core.errors import InputError
+from polar.core.http import api_key, is_local
 
 KEY_VARIABLE = "POLAR_API_KEY"
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0

@@ -20,7 +20,7 @@ import httpx2
 from polar.client.engines import Answer, Engine, NonsenseError
 from polar.client.errors import EngineError
 from polar.client.servers import Limits, Server, pause
-from polar.wire import error_message, one_line, parse_json, read_content, retry_after
+from polar.core.http import error_message, one_line, parse_json, read_content, retry_after
 
 log = logging.getLogger(__name__)
 

@@ -15,14 +15,14 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Literal
 
-from polar import formats
+from polar.core.errors import InputError
+from polar.core.records import Message, Text, Trajectory, prompt_id, text_of
 from polar.corpus.overlap import Decontaminator, NearDuplicates
 from polar.corpus.rules import cut_incomplete_ending, is_empty, is_refusal, seems_to_break_off, truncate_loop
-from polar.errors import InputError
-from polar.fields import Row, optional_string
-from polar.reading import OnBadRow, ReadReport, convert_rows
-from polar.records import Message, Text, Trajectory, prompt_id, text_of
-from polar.writing import text_cell
+from polar.data import formats
+from polar.data.fields import Row, optional_string
+from polar.data.readers import OnBadRow, ReadReport, convert_rows
+from polar.data.writers import text_cell
 
 CutEndings = Literal["known", "guess", "never"]
 Drop = Literal["empty", "refused", "duplicate"]

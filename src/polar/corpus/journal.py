@@ -7,7 +7,7 @@
       _job/prompts.parquet   the prompts, one row group per shard
       _job/parts/00001/      results of the batches of a shard that is not complete
 
-Every file appears complete (`polar.files`). A part holds the results of one batch. A shard is
+Every file appears complete (`polar.core.files`). A part holds the results of one batch. A shard is
 written when all its batches are settled, and its footer says how many of its samples are missing: it is complete when
 that is none, and its parts go away. Readers of a corpus skip names that begin with an underscore.
 """
@@ -29,13 +29,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
+from polar.core.errors import InputError
+from polar.core.files import new_file, on_disk, write_json
+from polar.core.records import Message, Wrapper
 from polar.corpus.engines import Completion
 from polar.corpus.plan import Batch
 from polar.corpus.prompts import Prompt
-from polar.errors import InputError
-from polar.files import new_file, on_disk, write_json
-from polar.records import Message, Wrapper
-from polar.writing import text_cell
+from polar.data.writers import text_cell
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
 """Prompts that are nearly the same, and trajectories that evaluation sets contain.
 
-Words are those of `polar.baselines.words` without punctuation: lower case, and each Chinese or Japanese character is a
-word. Libraries such as datatrove and text-dedup decontaminate too, but as pipelines over document files of their own;
-what is needed here is one yes or no per trajectory, which is a few lines of NumPy.
+Words are those of `polar.core.baselines.words` without punctuation: lower case, and each Chinese or Japanese character
+is a word. Libraries such as datatrove and text-dedup decontaminate too, but as pipelines over document files of their
+own; what is needed here is one yes or no per trajectory, which is a few lines of NumPy.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from datasketch import MinHash, MinHashLSH
 from datasketch.hashfunc import sha1_hash32
 from numpy.typing import NDArray
 
-from polar.baselines import words
-from polar.errors import InputError
-from polar.fields import json_list
-from polar.reading import rows
-from polar.records import Text, prompt_id, text_of
+from polar.core.baselines import words
+from polar.core.errors import InputError
+from polar.core.records import Text, prompt_id, text_of
+from polar.data.fields import json_list
+from polar.data.readers import rows
 
 QUESTIONS = ("prompt", "question")
 """Fields of an evaluation set that a prompt of the corpus may repeat as a whole."""
@@ -94,7 +94,7 @@ class Decontaminator:
     Memory: 16 MB, 8 bytes per n-gram (about 100 while reading) and 100 bytes per different word.
 
     Args:
-        files: Whatever `polar.reading.rows` reads; the texts are those in `QUESTIONS` and `ANSWERS`.
+        files: Whatever `polar.data.readers.rows` reads; the texts are those in `QUESTIONS` and `ANSWERS`.
         ngram: Words per n-gram.
 
     Raises:

@@ -21,7 +21,9 @@ from pathlib import Path
 from random import Random
 from typing import cast
 
-from polar.baselines import length
+from polar.core.baselines import length
+from polar.core.errors import InputError
+from polar.core.records import Group, Trajectory, Triple, Wrapper, prompt_id
 from polar.corpus.sorting import PromptOutputs, PromptSorter, decoded, open_sorter
 from polar.corpus.strategies import (
     RULES,
@@ -33,8 +35,6 @@ from polar.corpus.strategies import (
     resolve_lineages,
     rivals,
 )
-from polar.errors import InputError
-from polar.records import Group, Trajectory, Triple, Wrapper, prompt_id
 
 TRIES = 50
 """Pairs of reference and positive that are tried for a negative on the side in length that is wanted."""
@@ -79,7 +79,7 @@ class PairReport:
     negatives_never_positive: int = 0
     """Triples whose negative is by a policy without two different outputs anywhere, which gives it away."""
     length_wins: float = 0
-    """Triples in which the positive is closer in length to the reference (`polar.baselines.length`); ties one half."""
+    """Triples in which the positive is closer in length to the reference (`polar.core.baselines`); ties one half."""
     strategies: Counter[Rule] = field(default_factory=Counter)
     """Triples of each strategy."""
     meetings: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -162,7 +162,7 @@ def pair(
         seed: Another seed is another draw.
         exclude_policies: Leave out policies in whose name this regular expression is found.
         policies: Only these policies.
-        prompt_ids: Only the prompts with these ids (`polar.records.prompt_id`).
+        prompt_ids: Only the prompts with these ids (`polar.core.records.prompt_id`).
         wrapper: Overrides the wrapper of the trajectories. Trajectories of different wrappers never share a triple.
         temporary: An existing directory for the temporary files; default: that of the system.
         report: Counts are added here.

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
+from polar.core.errors import InputError
+from polar.core.records import Message, Wrapper
 from polar.corpus.engines import Request
 from polar.corpus.pool import Policy, Pool, draw
 from polar.corpus.prompts import Prompt
-from polar.errors import InputError
-from polar.records import Message, Wrapper
 
 Design = Literal["paper", "grid"]
 

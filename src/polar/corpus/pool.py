@@ -25,8 +25,8 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from polar.errors import InputError, first_mistake
-from polar.records import Wrapper
+from polar.core.errors import InputError, first_mistake
+from polar.core.records import Wrapper
 
 Kind = Literal["base", "chat"]
 WRAPPERS: dict[Kind, Wrapper] = {"base": "pretrain", "chat": "sft"}

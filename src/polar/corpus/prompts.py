@@ -8,11 +8,11 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from polar.errors import InputError
-from polar.fields import Row, text_at
-from polar.formats import wrapper_of
-from polar.reading import OnBadRow, ReadReport, convert_rows
-from polar.records import Text, Wrapper, prompt_id
+from polar.core.errors import InputError
+from polar.core.records import Text, Wrapper, prompt_id
+from polar.data.fields import Row, text_at
+from polar.data.formats import wrapper_of
+from polar.data.readers import OnBadRow, ReadReport, convert_rows
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -25,7 +25,7 @@ class Prompt:
     """One prompt of a sampling job."""
 
     id: str
-    """`polar.records.prompt_id` of the text."""
+    """`polar.core.records.prompt_id` of the text."""
     text: Text
     wrapper: Wrapper
     """"pretrain" for a prefix that base policies continue, "sft" for an instruction that chat policies answer."""
@@ -37,7 +37,7 @@ def read_prompts(
     """Prompts, one per row: {"prompt": a string or messages [, "wrapper": "sft" or "pretrain"]}.
 
     Args:
-        paths: What `polar.reading.rows` reads.
+        paths: What `polar.data.readers.rows` reads.
         on_bad_row: Raise at the first bad row, or skip and count it.
         report: Filled while reading.
 

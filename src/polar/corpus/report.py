@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from polar.metrics import Estimate, Verdict
+from polar.core.metrics import Estimate, Verdict
 
 SCHEMA = "polar corpus report 1"
 """Changes when a key of the JSON goes or means something else."""
@@ -30,7 +30,7 @@ class Overview:
     policies: int
     families: int
     unit: Unit
-    """Of the two numbers below: tokens of rows that tell both, words (`polar.baselines.words`) of the others."""
+    """Of the two numbers below: tokens of rows that tell both, words (`polar.core.baselines.words`) of the others."""
     prompt_units: int
     """Summed over trajectories, so a prompt counts once for each of its outputs."""
     output_units: int

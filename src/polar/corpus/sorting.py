@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import duckdb
 import pyarrow as pa
 
-from polar.errors import InputError
-from polar.records import Message, Text, Trajectory, Wrapper, text_of
+from polar.core.errors import InputError
+from polar.core.records import Message, Text, Trajectory, Wrapper, text_of
 
 MEMORY = "768MB"
 """What DuckDB may use before it writes to disk; Python comes on top."""

@@ -22,15 +22,15 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from polar.baselines import words
+from polar.core.baselines import words
+from polar.core.errors import InputError
+from polar.core.records import Text, Trajectory, prompt_id, text_of
 from polar.corpus.report import QUANTILES, SCHEMA, Duplicates, Lengths, Overview, Policy, Repeated, Report, Unit, blank
 from polar.corpus.sorting import temporary_files
 from polar.corpus.subset import Subset
-from polar.errors import InputError
-from polar.fields import Row, optional_string
-from polar.formats import count_of, trajectory
-from polar.reading import OnBadRow, ReadReport, convert_rows
-from polar.records import Text, Trajectory, prompt_id, text_of
+from polar.data.fields import Row, optional_string
+from polar.data.formats import count_of, trajectory
+from polar.data.readers import OnBadRow, ReadReport, convert_rows
 
 EXCERPT, REPEATED, BATCH = 100, 10, 10_000
 """Characters kept of every output, repeated outputs listed, rows written at a time."""
@@ -79,7 +79,7 @@ def read_samples(
     """Trajectories with the fields beside them that a sampler writes: prompt_tokens, output_tokens, finish_reason.
 
     Args:
-        path: Where the rows are (`polar.reading`).
+        path: Where the rows are (`polar.data.readers`).
         on_bad_row: Raise at the first bad row, or skip and count it.
         report: Filled while reading.
 

@@ -10,12 +10,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
-from polar.baselines import length
-from polar.errors import InputError
-from polar.fields import optional_string, string_at
-from polar.formats import count_of
-from polar.reading import rows
-from polar.records import Group
+from polar.core.baselines import length
+from polar.core.errors import InputError
+from polar.core.records import Group
+from polar.data.fields import optional_string, string_at
+from polar.data.formats import count_of
+from polar.data.readers import rows
 
 Rule = Literal["random", "family", "checkpoint"]
 """random: any other policy (paper 4.1). family: another policy of the same family, which is harder. checkpoint: a
@@ -58,7 +58,7 @@ class Sightings:
 
 
 def read_lineages(path: str | Path) -> dict[str, Lineage]:
-    """Read a table of policies: rows with policy, family and step (either may be absent), as `polar.reading` reads.
+    """Read a table of policies: rows with policy, family and step (either may be absent), as `data.readers` reads.
 
     Raises:
         InputError: For a bad row or file, or when two rows of one policy contradict each other.

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 
-from polar.baselines import chance, first_word, length, unigram_f1
+from polar.core.baselines import chance, first_word, length, unigram_f1
+from polar.core.metrics import Values, clustered_mean, outcomes
+from polar.core.records import Group, Trajectory, Triple, prompt_id, text_of
 from polar.corpus.pair import pair
 from polar.corpus.report import Contrast, Contrasts, Discrimination, Example, Excerpt, Feature
-from polar.metrics import Values, clustered_mean, outcomes
-from polar.records import Group, Trajectory, Triple, prompt_id, text_of
 
 PROMPTS = 2_000
 """Most prompts of the subset."""

@@ -1,4 +1,4 @@
-"""Baselines from libraries, beside those of `polar.baselines`: ROUGE-L, chrF and similarity of embeddings.
+"""Baselines from libraries, beside those of `polar.core.baselines`: ROUGE-L, chrF and similarity of embeddings.
 
 All are closeness to the reference. They come with the extra `eval`; where it is not installed, ROUGE-L and chrF are
 left out with a warning.
@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from polar.baselines import BASELINES, words
-from polar.errors import InputError
-from polar.records import Group, text_of
+from polar.core.baselines import BASELINES, words
+from polar.core.errors import InputError
+from polar.core.records import Group, text_of
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from polar.evaluation.outcomes import prompt_name
+from polar.core.metrics import Estimate, Values, Verdict, clustered_mean
+from polar.evaluation.columns import prompt_name
 from polar.evaluation.records import Record
-from polar.metrics import Estimate, Values, Verdict, clustered_mean
 
 DRAWS = (1, 2, 4, 8, 16, 32, 64)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator
 
+from polar.core.metrics import Estimate
+from polar.evaluation.columns import Part
 from polar.evaluation.compare import Comparison, Run
-from polar.evaluation.outcomes import Part
 from polar.evaluation.report import Report
-from polar.metrics import Estimate
 
 MARKUP = frozenset("\\|`*_[]#~")
 

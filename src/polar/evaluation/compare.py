@@ -1,6 +1,6 @@
 """Whether one scorer is better than another, on every part of what two evaluations have in common.
 
-Scorers are compared item by item (`polar.metrics.ordered_shares`) on the items that both have, by a bootstrap over
+Scorers are compared item by item (`polar.core.metrics.ordered_shares`) on the items that both have, by a bootstrap over
 prompts: items of one prompt stay together, and the interval needs no normal distribution.
 """
 
@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from polar.core.metrics import FEW_CLUSTERS, Estimate, Values, Verdict, clustered_mean
+from polar.evaluation.columns import Names, Outcomes, Part
 from polar.evaluation.manifest import Manifest
-from polar.evaluation.outcomes import Names, Outcomes, Part
 from polar.evaluation.records import MODEL, WITHOUT_REFERENCE
-from polar.metrics import FEW_CLUSTERS, Estimate, Values, Verdict, clustered_mean
 
 RESAMPLES = 4_000
 CONFIDENCE = 0.95

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from polar.evaluation.outcomes import Candidates, Names, Outcomes, Part
-from polar.metrics import Estimate, Values, clustered_mean
+from polar.core.metrics import Estimate, Values, clustered_mean
+from polar.evaluation.columns import Candidates, Names, Outcomes, Part
 
 LENGTH_RATIOS = (0.5, 0.8, 1.25, 2.0)
 """Length of the better candidate over that of the worse one."""

@@ -8,11 +8,11 @@ import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
+from polar.core.template import Template
 from polar.evaluation.manifest import ModelFacts
 from polar.model.files import checkpoint_directory
 from polar.model.reward_model import RewardModel
 from polar.model.weights import weights_hash
-from polar.template import Template
 
 
 def model_facts(name: str, template: Template, model: RewardModel | None, engine: str) -> ModelFacts:

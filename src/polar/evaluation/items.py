@@ -8,9 +8,9 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from polar.core.records import Group, Text, prompt_id, text_of
 from polar.evaluation.manifest import Task
 from polar.evaluation.records import SHARD_ITEMS
-from polar.records import Group, Text, prompt_id, text_of
 
 SHOWN_DIGITS = 16
 STRETCH_CHARACTERS = 1 << 25

@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from polar.errors import InputError, first_mistake
-from polar.files import write_text
-from polar.references import Aggregate
+from polar.core.errors import InputError, first_mistake
+from polar.core.files import write_text
+from polar.core.references import Aggregate
 
 Task = Literal["policy discrimination", "preference accuracy", "verifiable correctness", "best of N", "sensitivity"]
 TASKS: tuple[Task, ...] = get_args(Task)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from polar.corpus.report import Excerpt
+from polar.evaluation.columns import Part, digest
 from polar.evaluation.compare import Run
-from polar.evaluation.outcomes import Part, digest
 from polar.evaluation.records import MODEL, Record, read_records
 
 MISTAKES = 12

@@ -23,7 +23,7 @@ from statistics import fmean
 import numpy as np
 import numpy.typing as npt
 
-from polar.errors import InputError
+from polar.core.errors import InputError
 from polar.evaluation.records import Record
 
 SECTIONS = {

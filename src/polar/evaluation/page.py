@@ -14,11 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from polar.core.metrics import Estimate
 from polar.corpus.page import INK, STYLE, label, render, svg
 from polar.evaluation.compare import Comparison
 from polar.evaluation.diagnostics import Bin, Diagnosis
 from polar.evaluation.report import Curve, Line, Report
-from polar.metrics import Estimate
 
 COLOURS = ("#2a6fbb", "#c2571a", "#2e8b57", "#8e5bb5", "#b03a5b", "#7a7416")
 """Of models; each can be seen on white and on black."""

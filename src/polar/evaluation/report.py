@@ -1,6 +1,6 @@
 """What evaluations say side by side, from their records alone: the content of the page, the JSON and the model card.
 
-Records are read twice: first without their texts, one run at a time, to numbers (`polar.evaluation.outcomes`), and then
+Records are read twice: first without their texts, one run at a time, to numbers (`polar.evaluation.columns`), and then
 once more for the texts of the few mistakes that are shown.
 """
 
@@ -12,18 +12,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from polar.errors import InputError
+from polar.core.errors import InputError
+from polar.core.metrics import FEW_CLUSTERS, Estimate
+from polar.core.references import AGGREGATES
 from polar.evaluation.best_of_n import Point
+from polar.evaluation.columns import Outcomes, Part
 from polar.evaluation.compare import Comparison, Run, Side, compare
 from polar.evaluation.diagnostics import Diagnosis
 from polar.evaluation.manifest import Task, read_manifest
 from polar.evaluation.mistakes import Mistake, WrongPair, read_mistakes
-from polar.evaluation.outcomes import Outcomes, Part
 from polar.evaluation.records import MODEL, WITHOUT_REFERENCE, read_records
 from polar.evaluation.summary import Result, Summary, summary_of
 from polar.evaluation.survey import survey_of
-from polar.metrics import FEW_CLUSTERS, Estimate
-from polar.references import AGGREGATES
 
 SCHEMA = "polar eval report 1"
 """Changes when a key of the JSON goes or means something else."""

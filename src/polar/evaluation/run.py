@@ -8,11 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from polar.errors import InputError
+from polar.core.errors import InputError
+from polar.core.files import on_disk
+from polar.core.records import Group, text_of
+from polar.core.references import aggregated
+from polar.core.template import Template
+from polar.data.readers import OnBadRow, ReadReport
 from polar.evaluation.baselines import Scorer
+from polar.evaluation.datasets import read_items
 from polar.evaluation.items import SHOWN_DIGITS, Item, fingerprint, sample, stretches
 from polar.evaluation.manifest import MANIFEST, DatasetFacts, Manifest, ModelFacts, read_manifest, write_manifest
-from polar.evaluation.probes import read_paraphrases, with_probes
+from polar.evaluation.perturbations import read_paraphrases, with_probes
 from polar.evaluation.records import (
     MODEL,
     RECORDS,
@@ -23,12 +29,6 @@ from polar.evaluation.records import (
     write_shard,
 )
 from polar.evaluation.suites import Dataset, Suite
-from polar.evaluation.tasks import read_items
-from polar.files import on_disk
-from polar.reading import OnBadRow, ReadReport
-from polar.records import Group, text_of
-from polar.references import aggregated
-from polar.template import Template
 
 Progress = Callable[[int], object]
 

@@ -27,10 +27,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from polar.errors import InputError, first_mistake
+from polar.core.errors import InputError, first_mistake
+from polar.core.references import Aggregate
 from polar.evaluation.manifest import Task
-from polar.evaluation.probes import Probe
-from polar.references import Aggregate
+from polar.evaluation.perturbations import Probe
 
 SUITES = Path(__file__).parent / "suites"
 
@@ -95,7 +95,7 @@ class Dataset(_Settings):
     aggregate: Aggregate = "max"
     """What becomes of the rewards against several references; all aggregates are reported beside it."""
     probes: tuple[Probe, ...] = ()
-    """Transformations of a candidate that a reward should not fall for (`polar.evaluation.probes`)."""
+    """Transformations of a candidate that a reward should not fall for (`polar.evaluation.perturbations`)."""
     paraphrases: str | None = None
     """For the probe "paraphrase": rows with text, a best candidate, and the same in other words, paraphrase."""
     on_bad_row: Literal["error", "skip"] | None = None

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
+from polar.core.metrics import Estimate, area_under_curve, clustered_mean, paired_difference
+from polar.core.references import AGGREGATES
 from polar.evaluation.best_of_n import Point, curve
+from polar.evaluation.columns import Numbers, Outcomes, Part
 from polar.evaluation.diagnostics import Diagnosis, diagnose
 from polar.evaluation.manifest import TASKS, Task, read_manifest
 from polar.evaluation.official import official_scores
-from polar.evaluation.outcomes import Numbers, Outcomes, Part
 from polar.evaluation.records import MODEL, read_records
 from polar.evaluation.survey import FIRST, Probed, Referenced, Survey, survey_of
-from polar.metrics import Estimate, area_under_curve, clustered_mean, paired_difference
-from polar.references import AGGREGATES
 
 SUMMARY = "summary.json"
 """The file that holds a summary, beside the manifest."""

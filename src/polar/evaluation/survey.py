@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from polar.core.metrics import ordered_shares, outcomes
+from polar.core.references import AGGREGATES, aggregated
 from polar.evaluation.best_of_n import Draws
+from polar.evaluation.columns import Collected, Outcomes, chunks, prompt_name
 from polar.evaluation.manifest import Manifest, Task
 from polar.evaluation.mistakes import MISTAKES, WrongPair, wrong_pairs
-from polar.evaluation.outcomes import Collected, Outcomes, chunks, prompt_name
 from polar.evaluation.records import Record
-from polar.metrics import ordered_shares, outcomes
-from polar.references import AGGREGATES, aggregated
 
 FIRST = "the first reference alone"
 

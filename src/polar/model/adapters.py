@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from polar.errors import InputError
+from polar.core.errors import InputError
 from polar.model.files import read_json, reason
 
 ADAPTER_CONFIG = "adapter_config.json"

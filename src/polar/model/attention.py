@@ -27,7 +27,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from polar.errors import InputError
+from polar.core.errors import InputError
 from polar.model.blocks import Blocks, block_attention
 from polar.model.row_attention import RowAttention, fits
 

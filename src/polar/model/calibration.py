@@ -23,13 +23,13 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from polar import formats
-from polar.errors import InputError, first_mistake
-from polar.fields import Row
-from polar.files import new_directory, on_disk, write_json
-from polar.reading import OnBadRow, ReadReport, rows
-from polar.records import Group, Preference
-from polar.template import BUNDLED_NAME, CHECKPOINT_FILE, read_checkpoint_file
+from polar.core.errors import InputError, first_mistake
+from polar.core.files import new_directory, on_disk, write_json
+from polar.core.records import Group, Preference
+from polar.core.template import BUNDLED_NAME, CHECKPOINT_FILE, read_checkpoint_file
+from polar.data import formats
+from polar.data.fields import Row
+from polar.data.readers import OnBadRow, ReadReport, rows
 
 Scale = Literal["raw", "zscore", "probability"]
 """raw: the reward. zscore: (reward - mean) / std. probability: that the answer would be preferred to the reference."""

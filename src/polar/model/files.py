@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from polar.errors import InputError
-from polar.template import BUNDLED_MODEL, BUNDLED_NAME, CHECKPOINT_FILE
+from polar.core.errors import InputError
+from polar.core.template import BUNDLED_MODEL, BUNDLED_NAME, CHECKPOINT_FILE
 
 OWN_FILES = (
     CHECKPOINT_FILE,

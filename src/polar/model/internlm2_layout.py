@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from polar.errors import InputError
+from polar.core.errors import InputError
 
 log = logging.getLogger(__name__)
 

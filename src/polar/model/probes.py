@@ -22,11 +22,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from polar.client.probe import Probe
+from polar.core.records import Comparison
+from polar.core.template import CHECKPOINT_FILE, EncodedGroup, Template, read_checkpoint_file
 from polar.model.backbone import prepare
 from polar.model.files import find_shards, reason
 from polar.model.tree import rewards, tree_batch
-from polar.records import Comparison
-from polar.template import CHECKPOINT_FILE, EncodedGroup, Template, read_checkpoint_file
 
 log = logging.getLogger(__name__)
 

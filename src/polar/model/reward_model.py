@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from polar import formats
-from polar.errors import InputError
-from polar.formats import Item
+from polar.core.errors import InputError
+from polar.core.records import Comparison, Group
+from polar.core.template import BUNDLED_NAME, CHECKPOINT_FILE, Compat, EncodedGroup, Template, read_checkpoint_file
+from polar.data import formats
+from polar.data.formats import Item
 from polar.model.adapters import is_adapter, save_adapter
 from polar.model.backbone import prepare
 from polar.model.calibration import Calibration, Scale, read_calibration, scaling, with_reference
@@ -29,8 +31,6 @@ from polar.model.probes import write_probes
 from polar.model.products import fast_products, onednn_helps
 from polar.model.tree import rewards, row_length, tree_batch
 from polar.model.weights import choose_device, choose_dtype, load_merged, load_weights, require_reward_config
-from polar.records import Comparison, Group
-from polar.template import BUNDLED_NAME, CHECKPOINT_FILE, Compat, EncodedGroup, Template, read_checkpoint_file
 
 
 class RewardModel:

@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
-from polar.errors import InputError
+from polar.core.errors import InputError
 
 SPACE = "▁"
 """Stands for a space inside pieces (U+2581)."""

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from polar.errors import InputError
+from polar.core.errors import InputError
+from polar.core.template import EncodedGroup
 from polar.model.attention import (
     block_mask,
     has_flash_attention,
@@ -32,7 +33,6 @@ from polar.model.attention import (
 from polar.model.blocks import Blocks
 from polar.model.last_layer import has_narrow_last_layer, last_layer_only_at
 from polar.model.products import few_lengths
-from polar.template import EncodedGroup
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from polar.errors import InputError
+from polar.core.errors import InputError
 from polar.model.adapters import base_of, four_bits, is_adapter, merge_adapter, require_peft
 from polar.model.files import checkpoint_directory, find_shards, read_json, reason
 from polar.model.products import multiplies_bfloat16

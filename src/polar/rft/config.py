@@ -10,10 +10,10 @@ from typing import Literal
 import yaml
 from cyclopts import Parameter
 
-from polar.errors import InputError
+from polar.core.errors import InputError
+from polar.core.references import Aggregate
+from polar.core.template import BUNDLED_NAME
 from polar.model.calibration import Scale
-from polar.references import Aggregate
-from polar.template import BUNDLED_NAME
 
 
 @Parameter(name="*")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from polar.errors import InputError
+from polar.core.errors import InputError
 
 PANELS = {"reward": "reward", "accuracy": "true accuracy", "kl": "KL from the start policy", "length": "tokens"}
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from polar.records import text_of
+from polar.core.records import text_of
 from polar.rft.config import RftConfig
 from polar.rft.guard import Measurement
-from polar.rft.tasks import Task
+from polar.rft.prompts import Task
 from polar.rft.trl import RewardFunction
 
 Chat = list[dict[str, str]]

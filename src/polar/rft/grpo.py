@@ -15,23 +15,23 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
-from polar.errors import InputError
+from polar.core.errors import InputError
+from polar.core.text import opens_thinking
+from polar.data.readers import convert_rows
+from polar.data.writers import on_disk
 from polar.model.files import reason
-from polar.reading import convert_rows
 from polar.rft.config import RftConfig
 from polar.rft.examiner import Examiner
 from polar.rft.guard import Measurement, has_parted
 from polar.rft.named_rewards import named_reward, verifier
-from polar.rft.samples import Thinking
-from polar.rft.tasks import Task, read_task
-from polar.rft.thinking import opens_thinking
-from polar.writing import on_disk
+from polar.rft.prompts import Task, read_task
+from polar.rft.sample import Thinking
 
 log = logging.getLogger(__name__)
 
 
 def read_tasks(paths: Sequence[str]) -> list[Task]:
-    """Prompts with references, and for a verifier answers, from rows that `polar.rft.tasks` knows.
+    """Prompts with references, and for a verifier answers, from rows that `polar.rft.prompts` knows.
 
     Raises:
         InputError: a row is wrong, or only some rows have an answer.

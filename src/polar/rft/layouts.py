@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from polar.formats import label_of
-from polar.records import Message
-from polar.rft.tasks import Task
+from polar.core.records import Message
+from polar.data.formats import label_of
+from polar.rft.prompts import Task
 
 Framework = Literal["verl", "trl", "openrlhf", "swift"]
 Layout = Callable[[Task, str, int], dict[str, Any]]

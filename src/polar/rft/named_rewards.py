@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from polar.errors import InputError
-from polar.references import aggregated, groups_of
+from polar.core.errors import InputError
+from polar.core.references import aggregated, groups_of
+from polar.core.text import strip_thinking
 from polar.rft.config import RftConfig
-from polar.rft.samples import Thinking, as_scored
-from polar.rft.thinking import strip_thinking
+from polar.rft.sample import Thinking, as_scored
 from polar.rft.trl import RewardFunction, output_of, polar_reward, samples_of
 
 ADDRESS = re.compile(r"https?://.+|[\w.-]+:\d+(,.+)?")

@@ -16,12 +16,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from polar.endings import without_end
-from polar.errors import InputError
-from polar.formats import label_fields
+from polar.core.endings import without_end
+from polar.core.errors import InputError
+from polar.core.text import opens_thinking
+from polar.data.formats import label_fields
 from polar.rft.reward import reward_for
-from polar.rft.samples import Sample, read_sample
-from polar.rft.thinking import opens_thinking
+from polar.rft.sample import Sample, read_sample
 
 
 def reward_func(

@@ -15,15 +15,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from polar.core.errors import InputError, first_mistake
+from polar.core.records import prompt_id
 from polar.corpus.plan import Plan
 from polar.corpus.pool import Decoding, HttpEngine, Policy, Pool
 from polar.corpus.prompts import Prompt
 from polar.corpus.sample import SampleReport, sample
-from polar.errors import InputError, first_mistake
-from polar.reading import rows
-from polar.records import prompt_id
-from polar.rft.data import DataReport
-from polar.rft.tasks import Task, answer_in
+from polar.data.readers import rows
+from polar.rft.dataset import DataReport
+from polar.rft.prompts import Task, answer_in
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,10 +23,10 @@ from polar.client.errors import EngineError, RewardError
 from polar.client.fetching import fetch_checkpoint
 from polar.client.servers import Limits
 from polar.client.sync import RewardModelClient
+from polar.core.records import Comparison
+from polar.core.references import aggregated
 from polar.model.calibration import read_calibration, scaling
-from polar.records import Comparison
-from polar.references import aggregated
-from polar.rft.samples import Sample, as_scored
+from polar.rft.sample import Sample, as_scored
 from polar.rft.settings import PREFIX, Settings, read_settings
 
 log = logging.getLogger(__name__)

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from polar.client.engines import ServerType
-from polar.errors import InputError
+from polar.core.errors import InputError
+from polar.core.references import Aggregate
+from polar.core.template import Compat
 from polar.model.calibration import Scale
-from polar.references import Aggregate
-from polar.rft.samples import Thinking
-from polar.template import Compat
+from polar.rft.sample import Thinking
 
 PREFIX = "POLAR_REWARD_"
 """Of the environment variables, as in POLAR_REWARD_ADDRESS."""
@@ -46,7 +46,7 @@ class Settings:
     aggregate: Aggregate = "max"
     """What becomes of the rewards against several references."""
     thinking: Thinking = "strip"
-    """"strip": <think> blocks are taken out (`polar.rft.thinking`). "opened": so they are, and the chat template of the
+    """"strip": <think> blocks are taken out (`polar.core.text`). "opened": so they are, and the chat template of the
     policy opens the first one itself. "keep": texts are scored as they are."""
     floor: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """The reward of a sample whose reward could not be had, on the scale above; None: that is an error."""

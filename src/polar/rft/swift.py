@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from polar.errors import InputError
+from polar.core.errors import InputError
 from polar.rft.reward import reward_for
-from polar.rft.samples import read_sample
+from polar.rft.sample import read_sample
 
 REFERENCES = ("references", "reference", "solution")
 

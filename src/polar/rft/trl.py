@@ -15,17 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from polar.errors import InputError
-from polar.fields import Row, as_content
+from polar.core.errors import InputError
+from polar.core.records import Group, Text
+from polar.core.references import Aggregate, aggregated, groups_of
+from polar.core.template import BUNDLED_NAME
+from polar.core.text import opens_thinking
+from polar.data.fields import Row, as_content
 from polar.model.calibration import Scale
 from polar.model.reward_model import RewardModel
-from polar.records import Group, Text
-from polar.references import Aggregate, aggregated, groups_of
 from polar.rft.reward import Reward, reward_for
-from polar.rft.samples import Sample, Thinking, as_scored, read_sample
+from polar.rft.sample import Sample, Thinking, as_scored, read_sample
 from polar.rft.settings import Settings, read_settings
-from polar.rft.thinking import opens_thinking
-from polar.template import BUNDLED_NAME
 
 RewardFunction = Callable[..., list[float]]
 """Called by keyword: prompts, completions, and the other columns of the data set; gives one reward per completion."""
@@ -53,7 +53,7 @@ def polar_reward(
         server_address: Where servers of this checkpoint listen: host:port or a URL, or several of them.
         scale: Of the rewards; see `polar.model.calibration`.
         aggregate: What becomes of the rewards against several references.
-        thinking: What becomes of it in completions and references (`polar.rft.thinking`). Say "opened" if the chat
+        thinking: What becomes of it in completions and references (`polar.core.text`). Say "opened" if the chat
             template of the policy opens the block itself and prompts are conversations; prompts that are texts show it.
         server: Further settings of requests to a server.
 

@@ -17,10 +17,10 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from polar.errors import InputError
-from polar.fields import describe, json_object
+from polar.core.errors import InputError
+from polar.data.fields import describe, json_object
 from polar.rft.reward import Scored, reward_for
-from polar.rft.samples import Sample, read_sample
+from polar.rft.sample import Sample, read_sample
 
 
 async def compute_score(

@@ -14,14 +14,14 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from polar.errors import InputError
-from polar.serving import dialects, page
-from polar.serving.guard import Guard, Limits
-from polar.serving.protocols import FieldError, ReloadRequest, RewardsRequest
-from polar.serving.refusal import RefusalError
+from polar.core.errors import InputError
+from polar.core.version import __version__
+from polar.serving import compat_routes, page
+from polar.serving.errors import RefusalError
+from polar.serving.middleware import Guard, Limits
 from polar.serving.rewards import Rewards, score_candidates
+from polar.serving.schemas import FieldError, ReloadRequest, RewardsRequest
 from polar.serving.service import Service
-from polar.version import __version__
 
 
 class ErrorDetail(BaseModel):
@@ -72,7 +72,7 @@ def create_app(service: Service, keys: Sequence[bytes] = (), limits: Limits | No
         redoc_url=None,
     )
     app.include_router(_own_routes(service, keyed=bool(keys)), responses=REFUSALS)
-    app.include_router(dialects.routes(service), responses=REFUSALS)
+    app.include_router(compat_routes.routes(service), responses=REFUSALS)
     app.include_router(_state_routes(service))
     app.add_middleware(Guard, keys=tuple(keys), limits=limits or Limits(), metrics=service.metrics)
     app.add_exception_handler(RefusalError, _refused)

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from polar.core.template import EncodedGroup
 from polar.model.reward_model import RewardModel
 from polar.serving.checkpoint import Checkpoint
+from polar.serving.errors import NoRewardError
 from polar.serving.metrics import Metrics
-from polar.serving.refusal import NoRewardError
-from polar.serving.sharing import Row, shared_trees
-from polar.template import EncodedGroup
+from polar.serving.prefix_trees import Row, shared_trees
 
 log = logging.getLogger(__name__)
 

@@ -9,13 +9,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from polar.client.client import AsyncRewardModelClient
-from polar.errors import InputError
-from polar.model.calibration import Calibration, read_calibration
-from polar.model.files import checkpoint_directory, local_directory
-from polar.model.reward_model import RewardModel
-from polar.records import Comparison
-from polar.serving.refusal import RefusalError
-from polar.template import (
+from polar.core.errors import InputError
+from polar.core.records import Comparison
+from polar.core.template import (
     BUNDLED_MODEL,
     BUNDLED_NAME,
     Compat,
@@ -23,6 +19,10 @@ from polar.template import (
     Template,
     read_checkpoint_file,
 )
+from polar.model.calibration import Calibration, read_calibration
+from polar.model.files import checkpoint_directory, local_directory
+from polar.model.reward_model import RewardModel
+from polar.serving.errors import RefusalError
 
 Inputs = list[str] | list[list[int]]
 """Complete inputs, as other servers take them: texts in which special tokens are spelt, or token ids."""

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from polar.client.client import AsyncRewardModelClient
 from polar.client.errors import EngineError, RewardError
 from polar.client.servers import Limits
+from polar.core.template import EncodedGroup
 from polar.serving.checkpoint import Checkpoint, Loading, load_template
-from polar.serving.refusal import RefusalError
-from polar.template import EncodedGroup
+from polar.serving.errors import RefusalError
 
 DEADLINE = 300.0
 """Seconds that the servers have for one request, with all tries."""

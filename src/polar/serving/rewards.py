@@ -9,14 +9,14 @@ from uuid import uuid4
 
 from pydantic import BaseModel
 
-from polar.errors import InputError
+from polar.core.errors import InputError
+from polar.core.references import aggregated, groups_of
+from polar.core.template import EncodedGroup
 from polar.model.calibration import scaling, with_reference
-from polar.references import aggregated, groups_of
 from polar.serving.checkpoint import Checkpoint
-from polar.serving.protocols import RewardsRequest
-from polar.serving.refusal import RefusalError
+from polar.serving.errors import RefusalError
+from polar.serving.schemas import RewardsRequest
 from polar.serving.service import Service
-from polar.template import EncodedGroup
 
 
 class Cut(BaseModel):

@@ -22,8 +22,8 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from polar.errors import InputError
-from polar.serving.refusal import RefusalError
+from polar.core.errors import InputError
+from polar.serving.errors import RefusalError
 from polar.serving.service import Service
 
 log = logging.getLogger(__name__)

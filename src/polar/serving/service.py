@@ -11,11 +11,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from polar.errors import InputError
+from polar.core.errors import InputError
+from polar.core.template import EncodedGroup
 from polar.serving.checkpoint import Checkpoint
+from polar.serving.errors import NoRewardError, RefusalError
 from polar.serving.metrics import Metrics
-from polar.serving.refusal import NoRewardError, RefusalError
-from polar.template import EncodedGroup
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polar.errors import InputError
+from polar.core.errors import InputError
+from polar.core.records import Group, Preference, Text, Triple, text_of
+from polar.core.template import EncodedGroup, Template
 from polar.model.tree import row_length, tree_batch
-from polar.records import Group, Preference, Text, Triple, text_of
-from polar.template import EncodedGroup, Template
 from polar.training.objectives import Objective, lexical_targets
 
 NAME_LENGTH = 40

@@ -18,12 +18,12 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from polar.errors import InputError, TerminatedError
+from polar.core.errors import InputError, TerminatedError
+from polar.core.template import CHECKPOINT_FILE
+from polar.data.writers import on_disk
 from polar.model.files import own_files
-from polar.template import CHECKPOINT_FILE
 from polar.training.config import TrainConfig
-from polar.training.processes import Sharding, largest
-from polar.writing import on_disk
+from polar.training.distributed import Sharding, largest
 
 log = logging.getLogger(__name__)
 

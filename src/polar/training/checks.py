@@ -6,8 +6,8 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from polar.errors import InputError
-from polar.records import Triple
+from polar.core.errors import InputError
+from polar.core.records import Triple
 from polar.training.batches import Example
 
 log = logging.getLogger(__name__)

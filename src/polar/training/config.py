@@ -9,10 +9,10 @@ from typing import Literal
 import yaml
 from cyclopts import Parameter
 
-from polar.errors import InputError
+from polar.core.errors import InputError
+from polar.training.init_model import ScratchConfig
 from polar.training.objectives import Loss, Objective, Penalty, Ranked
 from polar.training.schedules import Schedule
-from polar.training.scratch import ScratchConfig
 from polar.training.trackers import Tracker, check_trackers
 
 

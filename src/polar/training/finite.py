@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from polar.errors import InputError
-from polar.training.processes import together
+from polar.core.errors import InputError
+from polar.training.distributed import together
 
 
 class FiniteLosses(TrainerCallback):

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from polar.errors import InputError
-from polar.template import EncodedGroup
+from polar.core.errors import InputError
+from polar.core.template import EncodedGroup
 
 Loss = Literal["ranking", "focal"]
 Penalty = Literal["none", "log_barrier", "l2", "centering"]

@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from polar.core.template import CHECKPOINT_FILE, read_checkpoint_file
+from polar.core.version import __version__
+from polar.data.readers import ReadReport
+from polar.data.sources import sources
 from polar.model.files import checkpoint_directory
 from polar.model.weights import weights_hash
-from polar.reading import ReadReport
-from polar.sources import sources
-from polar.template import CHECKPOINT_FILE, read_checkpoint_file
 from polar.training.config import PretrainConfig, TrainConfig
-from polar.version import __version__
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from polar.errors import InputError
+from polar.core.errors import InputError
 
 MI, GI = 2**20, 2**30
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}

@@ -16,22 +16,21 @@ import torch
 from accelerate import PartialState
 from tokenizers import Tokenizer
 
-from polar.errors import InputError
+from polar.core.errors import InputError
+from polar.core.records import Preference, Triple, text_of
+from polar.core.template import BUNDLED_NAME, CHECKPOINT_FILE
+from polar.data.readers import read_preferences, read_triples
+from polar.data.writers import on_disk
 from polar.model.adapters import is_adapter, require_peft
 from polar.model.files import checkpoint_directory, put_in_place
 from polar.model.reward_model import RewardModel
-from polar.reading import read_preferences, read_triples
-from polar.records import Preference, Triple, text_of
-from polar.template import BUNDLED_NAME, CHECKPOINT_FILE
-from polar.training.adapters import add_adapters
 from polar.training.arguments import training_arguments, uses_bf16
 from polar.training.batches import Collator, Example, examples_from_preferences, examples_from_triples
 from polar.training.checkpoints import Layout, MarkComplete, StopOnSignal, begin_run
 from polar.training.checks import Cut, of_several_policies, told_apart
 from polar.training.config import FinetuneConfig, PretrainConfig, TrainConfig
 from polar.training.discriminator import Discriminator
-from polar.training.origin import Reading, base_facts, provenance_of
-from polar.training.processes import (
+from polar.training.distributed import (
     from_main,
     gathered,
     join_processes,
@@ -39,13 +38,14 @@ from polar.training.processes import (
     sharding,
     together,
 )
+from polar.training.example_store import ExampleStore, fingerprint_of, open_examples, write_examples
+from polar.training.init_model import fitting_lengths, from_language_model, from_scratch, train_tokenizer
+from polar.training.lora import add_adapters
+from polar.training.origin import Reading, base_facts, provenance_of
 from polar.training.schedules import peak_share
-from polar.training.scratch import fitting_lengths, from_language_model, from_scratch, train_tokenizer
-from polar.training.store import ExampleStore, fingerprint_of, open_examples, write_examples
 from polar.training.stream import BatchStream
 from polar.training.trackers import Trackers
 from polar.training.trainer import RewardTrainer
-from polar.writing import on_disk
 
 log = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from polar.errors import InputError
-from polar.template import CHECKPOINT_FILE
+from polar.core.errors import InputError
+from polar.core.template import CHECKPOINT_FILE
 from polar.training.config import PretrainConfig
-from polar.training.scratch import ScratchConfig
+from polar.training.init_model import ScratchConfig
 
 log = logging.getLogger(__name__)
 

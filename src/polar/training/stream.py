@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from polar.errors import InputError
+from polar.core.errors import InputError
 
 WINDOW = 50
 """Batches' worth of shuffled examples that are sorted by length together."""

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from polar.errors import InputError
+from polar.core.errors import InputError
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 PROJECT = "polar"

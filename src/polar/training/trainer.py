@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
-from polar.errors import InputError
+from polar.core.errors import InputError
 from polar.training.batches import Example
+from polar.training.distributed import alone
 from polar.training.finite import FiniteLosses
-from polar.training.processes import alone
 from polar.training.progress import Progress
 from polar.training.speed import Meter
 from polar.training.stream import BatchStream, held_out_batches

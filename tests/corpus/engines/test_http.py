@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from tenacity import wait_random
 
+from polar.core.errors import InputError
+from polar.core.records import Message
 from polar.corpus.engines import Completion, Failure, Request, Result, http
 from polar.corpus.engines.http import HttpSampler
 from polar.corpus.pool import HttpEngine, Policy
-from polar.errors import InputError
-from polar.records import Message
 from tests.corpus.engines.scripted import Reply, Script, Server, serving
 
 KEY = "sk-not-for-anybody-else"

@@ -15,13 +15,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+from polar.core.errors import InputError
+from polar.core.records import Message
 from polar.corpus.engines import Completion, Failure, Request, Result
 from polar.corpus.engines.local import TransformersSampler, continuation, gumbel
 from polar.corpus.engines.tokens import Row, check, to_row
 from polar.corpus.pool import Policy, TransformersEngine
-from polar.errors import InputError
-from polar.records import Message
-from polar.training.scratch import SCORE
+from polar.training.init_model import SCORE
 from tests.corpus.engines.tiny import CONTEXT, save_policy
 
 SIZES = {"llama": 32, "qwen2": 48, "qwen3": 64}

@@ -17,9 +17,9 @@ import httpx2
 import pytest
 from tokenizers import Tokenizer
 
+from polar.core.records import Message
 from polar.corpus.engines import Completion, Engine, Failure, Request, Result, open_engine
 from polar.corpus.pool import Policy
-from polar.records import Message
 from tests.corpus.engines.tiny import save_policy
 
 needs_serving = pytest.mark.skipif(not find_spec("openai"), reason="transformers[serving] is not installed")

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from polar.training.scratch import BOS, PAD, SCORE
+from polar.training.init_model import BOS, PAD, SCORE
 
 ARCHITECTURES = {
     "llama": (LlamaConfig, LlamaForCausalLM),

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from polar.core.records import Message
 from polar.corpus.pool import HttpEngine, Policy, TransformersEngine
-from polar.records import Message
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,10 @@ from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
 
+from polar.core.errors import InputError
 from polar.corpus.engines import Completion, Engine, Failure, Request, Result, open_engine
 from polar.corpus.engines.tokens import end_tokens_of
 from polar.corpus.pool import HttpEngine, Policy, VllmEngine
-from polar.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,9 @@ class RayActors:
         try:
             in_flight = ray.get([worker.open.remote() for worker in self._actors])
         except InputError as error:  # Ray raises a copy with the remote traceback in front
-            raise InputError(str(error).strip().splitlines()[-1].removeprefix("polar.errors.InputError: ")) from None
+            raise InputError(
+                str(error).strip().splitlines()[-1].removeprefix("polar.core.errors.InputError: ")
+            ) from None
         self._busy = dict.fromkeys(range(workers), 0)
         self.in_flight = sum(in_flight)
 

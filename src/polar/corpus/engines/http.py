@@ -28,10 +28,19 @@ from typing import Any
 import httpx2
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
+from polar.core.errors import InputError
+from polar.core.http import (
+    api_key,
+    error_message,
+    is_local,
+    one_line,
+    parse_json,
+    read_content,
+    retry_after,
+    valid_unicode,
+)
 from polar.corpus.engines import Completion, Failure, Request, Result
 from polar.corpus.pool import HttpEngine, Policy
-from polar.errors import InputError
-from polar.wire import api_key, error_message, is_local, one_line, parse_json, read_content, retry_after, valid_unicode
 
 log = logging.getLogger(__name__)
 

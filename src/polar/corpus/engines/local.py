@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polar.core.errors import InputError
 from polar.corpus.engines import Completion, Failure, Request, Result
 from polar.corpus.engines.tokens import Row, end_tokens, load_tokenizer, loading, to_row
 from polar.corpus.pool import Policy, TransformersEngine
-from polar.errors import InputError
 
 if TYPE_CHECKING:  # torch and transformers are imported where they are used: the other engines do without
     from torch import Tensor

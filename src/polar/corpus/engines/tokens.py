@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from polar.core.errors import InputError
 from polar.corpus.engines import Failure, Request
 from polar.corpus.pool import Decoding, HttpEngine, Policy, TransformersEngine, VllmEngine
-from polar.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,9 +12,9 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from polar.errors import InputError
+from polar.core.errors import InputError
+from polar.serving.errors import RefusalError
 from polar.serving.metrics import Metrics
-from polar.serving.refusal import RefusalError
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 """Need no key: the page (it asks for the key), and what an orchestrator asks."""

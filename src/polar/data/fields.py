@@ -14,8 +14,8 @@ import sys
 from dataclasses import dataclass
 from typing import cast
 
-from polar.errors import InputError
-from polar.records import Message, Text
+from polar.core.errors import InputError
+from polar.core.records import Message, Text
 
 TEXT = "a string or a list of messages"
 PRINTED = re.compile(r"\s*\[\s*\{\s*'(role|content)'\s*:.*\}\s*\]\s*", re.DOTALL)

@@ -19,11 +19,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from polar.errors import InputError
+from polar.core.errors import InputError
+from polar.core.template import Template, TemplateSettings
 from polar.model.files import checkpoint_directory, reason
 from polar.model.reward_model import RewardModel
 from polar.model.weights import load_weights
-from polar.template import Template, TemplateSettings
 
 log = logging.getLogger(__name__)
 

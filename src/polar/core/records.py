@@ -1,8 +1,8 @@
 """The nouns of the project: plain frozen records that every room uses.
 
 A text is either a string or a tuple of chat messages. The input format of the model joins the contents of messages
-with newlines and drops the roles (see `polar.template`), so `text_of` is all that scoring needs; the messages are kept
-because other rooms (sampling, reinforcement fine-tuning) need the roles.
+with newlines and drops the roles (`polar.core.template`), so `text_of` is all that scoring needs; the messages are kept
+because other packages (sampling, reinforcement fine-tuning) need the roles.
 """
 
 from __future__ import annotations

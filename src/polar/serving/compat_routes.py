@@ -21,9 +21,10 @@ from uuid import uuid4
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
-from polar.endings import without_end
-from polar.records import Group
-from polar.serving.protocols import (
+from polar.core.endings import without_end
+from polar.core.records import Group
+from polar.serving.errors import RefusalError
+from polar.serving.schemas import (
     ClassifyRequest,
     EitherClassifyRequest,
     Flat,
@@ -31,7 +32,6 @@ from polar.serving.protocols import (
     PoolingRequest,
     SglangRequest,
 )
-from polar.serving.refusal import RefusalError
 from polar.serving.service import Service
 
 

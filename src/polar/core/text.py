@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 
-from polar.records import Message, Text
+from polar.core.records import Message, Text
 
 Tags = tuple[str, str]
 """What opens and what closes a block."""

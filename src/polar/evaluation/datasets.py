@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from polar import formats
-from polar.dialogues import split
-from polar.errors import InputError
-from polar.evaluation.graded import Graded, graded, is_output, require_order, require_several, value_at, with_columns
+from polar.core.errors import InputError
+from polar.core.records import Group, Text, prompt_id
+from polar.data import formats
+from polar.data.dialogues import split
+from polar.data.fields import Row, as_number, list_at, optional_string, string_at, text_at, texts_at
+from polar.data.readers import OnBadRow, ReadReport, rows
 from polar.evaluation.items import Item
+from polar.evaluation.row_formats import (
+    Graded,
+    graded,
+    is_output,
+    require_order,
+    require_several,
+    value_at,
+    with_columns,
+)
 from polar.evaluation.suites import Dataset, ReferenceSource
-from polar.fields import Row, as_number, list_at, optional_string, string_at, text_at, texts_at
-from polar.reading import OnBadRow, ReadReport, rows
-from polar.records import Group, Text, prompt_id
 
 References = Callable[[Row, Graded], tuple[Text, ...]]
 

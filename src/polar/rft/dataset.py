@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from polar.errors import InputError
-from polar.fields import Row
-from polar.reading import ReadReport, rows
+from polar.core.errors import InputError
+from polar.data.fields import Row
+from polar.data.readers import ReadReport, rows
+from polar.data.writers import open_writer
 from polar.rft.layouts import LAYOUTS, Framework
-from polar.rft.tasks import Task, UnusableError, read_task
-from polar.writing import open_writer
+from polar.rft.prompts import Task, UnusableError, read_task
 
 MALFORMED, UNREADABLE = "no row of a known format", "unreadable"
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
-from polar.records import Group, Text, Wrapper
+from polar.core.records import Group, Text, Wrapper
 
 Aggregate = Literal["max", "mean", "softmax"]
 """What becomes of the rewards of one candidate against several references.

@@ -18,8 +18,8 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from polar.errors import InputError
-from polar.fields import Row, describe
+from polar.core.errors import InputError
+from polar.data.fields import Row, describe
 
 LINES, ARRAY, PARQUET = (".jsonl", ".ndjson"), ".json", ".parquet"
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}

@@ -1,7 +1,7 @@
 """From one row of a data file to records: our own formats and those that people bring.
 
-A row of our own has the fields of the record (`polar.records`). Preference data are recognised row by row, by their
-fields, in this order:
+A row of our own has the fields of the record (`polar.core.records`). Preference data are recognised row by row, by
+their fields, in this order:
 
 | fields | format | source |
 |---|---|---|
@@ -14,7 +14,7 @@ fields, in this order:
 
 All may have margin, domain (or subset) and wrapper beside. POLAR scores against a reference: data without one need the
 name of the column that holds it, and no answer of a row is ever taken for its reference. Where answers repeat the
-prompt, it is taken out of them (`polar.dialogues`).
+prompt, it is taken out of them (`polar.data.dialogues`).
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
 
-from polar.dialogues import HH_TURN, Dialogue, has_question, split, transcript
-from polar.errors import InputError
-from polar.fields import (
+from polar.core.errors import InputError
+from polar.core.records import Comparison, Group, Message, Preference, Text, Trajectory, Triple, Wrapper
+from polar.core.references import groups_of
+from polar.data.dialogues import HH_TURN, Dialogue, has_question, split, transcript
+from polar.data.fields import (
     TEXT,
     Row,
     as_number,
@@ -41,8 +43,6 @@ from polar.fields import (
     text_at,
     texts_at,
 )
-from polar.records import Comparison, Group, Message, Preference, Text, Trajectory, Triple, Wrapper
-from polar.references import groups_of
 
 WINNERS = ("winner_model_a", "winner_model_b", "winner_tie")
 TRIPLE = ("prompt", "reference", "positive", "negative")

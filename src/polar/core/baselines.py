@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 
-from polar.records import Group, text_of
+from polar.core.records import Group, text_of
 
 # Scripts that are written without spaces: Chinese characters (with the iteration mark and zero), kana, and their
 # supplementary planes. Each such character counts as a word.

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO
 
-from polar.errors import InputError
+from polar.core.errors import InputError
 
 
 @contextlib.contextmanager

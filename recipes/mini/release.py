@@ -1,6 +1,6 @@
 """Make the shipped checkpoint of a trained one: weights in 8 bits, scaled into their range, and room for long texts.
 
-    python recipes/mini/publish.py TRAINED TARGET [--dtype float8_e4m3fn]
+    python recipes/mini/release.py TRAINED TARGET [--dtype float8_e4m3fn]
 
 The weights are stored as `float8_e4m3fn` in plain safetensors, one byte each; whoever loads them asks for float32 or
 bfloat16. Eight bits hold numbers from 2**-9 to 448, so every matrix is first multiplied by a power of two that its

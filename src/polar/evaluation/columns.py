@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from polar.core.metrics import Values, ordered_shares, rank_correlations
 from polar.evaluation.manifest import Task
 from polar.evaluation.records import MODEL, SHARD_ITEMS, Record
-from polar.metrics import Values, ordered_shares, rank_correlations
 
 Numbers = npt.NDArray[np.int64]
 Names = npt.NDArray[np.uint64]
@@ -59,7 +59,7 @@ class Outcomes:
     prompts: Names
     """By which items are clustered."""
     shares: dict[str, Values]
-    """By scorer: the share of an item's pairs that are in the right order (`polar.metrics.ordered_shares`)."""
+    """By scorer: the share of an item's pairs that are in the right order (`polar.core.metrics.ordered_shares`)."""
     correlations: dict[str, Values] | None
     """Kendall's tau-b, if items have three or more candidates."""
     margins: Values

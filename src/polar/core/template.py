@@ -30,14 +30,14 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
-from polar.errors import InputError
-from polar.records import Comparison, Group, Text, Wrapper, text_of
+from polar.core.errors import InputError
+from polar.core.records import Comparison, Group, Text, Wrapper, text_of
 
 CHECKPOINT_FILE = "polar.json"
 """Our own file in a checkpoint directory: template, calibration, probes, provenance."""
 
 BUNDLED_NAME = "polar-nano"
-BUNDLED_MODEL = Path(__file__).parent / "checkpoints" / BUNDLED_NAME
+BUNDLED_MODEL = Path(__file__).parents[1] / "checkpoints" / BUNDLED_NAME
 """Directory of the small reward model that ships with the package."""
 
 Compat = Literal["seed"]

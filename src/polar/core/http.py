@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx2
 
-from polar.errors import InputError
+from polar.core.errors import InputError
 
 SHOWN = 300
 """Characters of a server's message that a line keeps."""

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Literal, get_args
 
+from polar.core.records import text_of
+from polar.data.fields import text_at
+from polar.data.readers import rows
 from polar.evaluation.items import Item
-from polar.fields import text_at
-from polar.reading import rows
-from polar.records import text_of
 
 Probe = Literal[
     "prompt injection",

@@ -11,7 +11,7 @@ Rows are recognised one by one, by their fields, in this order:
 | question, answer | GSM8K, questions and answers | the worked solution |
 | prompt, references or reference | our own rows | as they stand |
 
-Thinking is taken out of references and of the answers in a prompt (`polar.rft.thinking`), and an answer between
+Thinking is taken out of references and of the answers in a prompt (`polar.core.text`), and an answer between
 <answer> and </answer> stands alone. Rows that cannot be used are errors that name a reason of a few words.
 """
 
@@ -21,13 +21,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from polar.dialogues import HH_TURN, split, transcript
-from polar.errors import InputError
-from polar.fields import Row, as_text, json_object, list_at, optional_string, string_at, text_at
-from polar.formats import named
-from polar.records import Message, Text, text_of
-from polar.rft.samples import references_at
-from polar.rft.thinking import THINK, opens_thinking, strip_thinking
+from polar.core.errors import InputError
+from polar.core.records import Message, Text, text_of
+from polar.core.text import THINK, opens_thinking, strip_thinking
+from polar.data.dialogues import HH_TURN, split, transcript
+from polar.data.fields import Row, as_text, json_object, list_at, optional_string, string_at, text_at
+from polar.data.formats import named
+from polar.rft.sample import references_at
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 BOXED = "Let's think step by step and output the final answer within \\boxed{}."

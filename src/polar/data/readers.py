@@ -6,7 +6,7 @@ directory or a glob of such files (in sorted order), a directory written by `dat
 
 Every reader is a generator, so errors appear while iterating. A bad row raises `InputError`, or with
 `on_bad_row="skip"` is counted in the `ReadReport` that the caller passes; a fault of the file itself (missing,
-truncated, not Parquet) always raises. What the rows may look like is told in `polar.formats`.
+truncated, not Parquet) always raises. What the rows may look like is told in `polar.data.formats`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from polar import formats
-from polar.errors import InputError
-from polar.fields import Row
-from polar.records import Comparison, Group, Preference, Text, Trajectory, Triple, is_blank
-from polar.sources import sources
+from polar.core.errors import InputError
+from polar.core.records import Comparison, Group, Preference, Text, Trajectory, Triple, is_blank
+from polar.data import formats
+from polar.data.fields import Row
+from polar.data.sources import sources
 
 __all__ = [
     "OnBadRow",

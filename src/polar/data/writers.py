@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from polar.errors import InputError
-from polar.fields import messages_in
-from polar.files import new_file
-from polar.files import on_disk as on_disk
-from polar.records import Comparison, Group, Message, Preference, Text, Trajectory, Triple
+from polar.core.errors import InputError
+from polar.core.files import new_file
+from polar.core.files import on_disk as on_disk
+from polar.core.records import Comparison, Group, Message, Preference, Text, Trajectory, Triple
+from polar.data.fields import messages_in
 
 LINES, PARQUET = (".jsonl", ".jsonl.gz", ".jsonl.zst"), ".parquet"
 MESSAGE = {"role", "content"}
@@ -79,7 +79,7 @@ def open_writer(path: str | Path, schema: pa.Schema | None = None) -> Iterator[W
 
 
 def record_to_dict(record: Trajectory | Triple | Preference | Comparison | Group) -> dict[str, Any]:
-    """The row for a record, as the readers of `polar.reading` take it; what is None is left out.
+    """The row for a record, as the readers of `polar.data.readers` take it; what is None is left out.
 
     A preference of two answers has the common fields chosen and rejected, a longer one has ranked. A plain string that
     spells a list of messages in JSON would be read back as those messages, so it is written as the one message that

@@ -11,7 +11,7 @@ The layout is recognised row by row, by its fields, in this order:
 | prompt, chosen and rejected, both lists of strings | RewardBench 2, RM-Bench | 1 for chosen, 0 for rejected |
 | prompt or context, completions with quality, score, is_correct or rank | UltraFeedback, Nectar, NeMo-RL | as given |
 | prompt, output, quality | this project: consecutive rows of one prompt are one item | as given |
-| others | `polar.formats.preference`: ranked lists, pairs, transcripts, arena pairs | the place in the ranking |
+| others | `polar.data.formats.preference`: ranked lists, pairs, transcripts, arena pairs | the place in the ranking |
 
 A quality may be a number, or true and false. All may have id, domain (or subset), policies and wrapper beside.
 """
@@ -21,10 +21,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from polar import formats
-from polar.errors import InputError
-from polar.fields import Row, as_number, as_text, describe, json_object, list_at, optional_string, string_at, text_at
-from polar.records import Text
+from polar.core.errors import InputError
+from polar.core.records import Text
+from polar.data import formats
+from polar.data.fields import (
+    Row,
+    as_number,
+    as_text,
+    describe,
+    json_object,
+    list_at,
+    optional_string,
+    string_at,
+    text_at,
+)
 
 PLACEHOLDER = "reference"
 GRADES = ("quality", "score", "is_correct", "rank")

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from polar.dialogues import split
-from polar.errors import InputError
-from polar.fields import Row, as_string, text_at, texts_at
-from polar.formats import named
-from polar.records import Text, text_of
-from polar.rft.thinking import strip_thinking
+from polar.core.errors import InputError
+from polar.core.records import Text, text_of
+from polar.core.text import strip_thinking
+from polar.data.dialogues import split
+from polar.data.fields import Row, as_string, text_at, texts_at
+from polar.data.formats import named
 
 Thinking = Literal["strip", "opened", "keep"]
 

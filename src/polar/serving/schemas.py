@@ -22,10 +22,10 @@ from pydantic import (
     model_validator,
 )
 
-from polar.fields import Row, as_string, as_text, describe
-from polar.formats import label_fields
-from polar.records import Text, Wrapper
-from polar.references import Aggregate
+from polar.core.records import Text, Wrapper
+from polar.core.references import Aggregate
+from polar.data.fields import Row, as_string, as_text, describe
+from polar.data.formats import label_fields
 from polar.serving.checkpoint import Inputs
 
 MOST_INPUTS = 8192

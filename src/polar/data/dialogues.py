@@ -19,9 +19,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from polar.errors import InputError
-from polar.fields import Row, describe, string_at
-from polar.records import Message, Text, text_of
+from polar.core.errors import InputError
+from polar.core.records import Message, Text, text_of
+from polar.data.fields import Row, describe, string_at
 
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 ASKING, SYSTEM = ("user", "human"), ("system", "developer")

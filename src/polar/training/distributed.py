@@ -20,7 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from polar.errors import InputError
+from polar.core.errors import InputError
 
 log = logging.getLogger(__name__)
 

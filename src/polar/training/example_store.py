@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from polar.errors import InputError
+from polar.core.errors import InputError
+from polar.core.template import EncodedGroup, Truncation
+from polar.data.writers import on_disk
 from polar.model.tree import row_length
-from polar.template import EncodedGroup, Truncation
 from polar.training.batches import Example
-from polar.writing import on_disk
 
 IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema(

@@ -1,0 +1,1 @@
+"""Reading and writing of rows: sources, formats, fields."""
