@@ -26,17 +26,19 @@ for strategy in random family; do
 done
 draw discrimination.parquet --per-prompt 15 --seed 3 --prompt-ids "$nano/dev-prompts.txt"
 [ -f "$work/mixture.parquet" ] || python "$here/mixture.py" "$data" "$work/mixture.parquet" "$work/held-out.parquet"
+[ -f "$work/final.parquet" ] || python "$here/mixture.py" "$data" "$work/final.parquet" "$work/unused.parquet" --seed 2 --second
 
 stage() { # stage NAME MODEL FILES...: one phase of training
   local name=$1 model=$2 files=() && shift 2
   for file in "$@"; do files+=(--data "$work/$file"); done
   [ -f "$work/$name/polar.json" ] ||
-    polar pretrain --config "$here/$name.yaml" --model "$work/$model" "${files[@]}" --output "$work/$name"
+    polar pretrain --config "$here/pretrain-$name.yaml" --model "$work/$model" "${files[@]}" --output "$work/$name"
 }
 stage policies base triples-random.parquet triples-family.parquet
 stage mixture policies mixture.parquet
+stage final mixture final.parquet
 
-python "$here/release.py" "$work/mixture" "$work/polar-mini"
+python "$here/release.py" "$work/final" "$work/polar-mini"
 python "$here/evaluation.py" "$data" "$work/held-out.parquet" "$work/sets"
 cp "$work/discrimination.parquet" "$work/sets/"
 polar eval "$here/suite.yaml" --data "$work/sets" --model "$work/polar-mini" --output "$work/results/polar-mini"
