@@ -1,7 +1,5 @@
 """The package as a whole: every module imports, rooms keep their order, README commands run, recipes parse."""
 
-import ast
-import importlib.util
 import json
 import os
 import pkgutil
@@ -34,20 +32,6 @@ from tests.corpus.engines.tiny import save_policy
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(module.name for module in pkgutil.walk_packages(polar.__path__, "polar."))
 EXTRAS = ["datasets", "peft", "tensorboard", "trl", "ray", "fastapi", "uvicorn", "sentencepiece", "hypothesis"]
-FLOORS = [  # from the bottom up; a room imports from lower floors only, not from others on its own
-    ["core"],
-    ["data"],
-    ["client"],
-    ["corpus", "model"],
-    ["serving", "training"],
-    ["evaluation"],
-    ["rft"],
-    ["cli"],
-    ["polar"],  # the package itself: what it exports
-]
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-
-
 HEAVY = ("model", "serving", "training", "evaluation", "cli")
 TRAINING_WITH_REWARDS = ("polar.rft.examiner", "polar.rft.grpo", "polar.rft.named_rewards", "polar.rft.trl")
 
@@ -83,56 +67,24 @@ def test_records_template_reading_and_corpus_need_no_torch() -> None:
     assert result.returncode == 0, result.stderr
 
 
-def room(module: str) -> str:
-    return module.split(".")[1] if "." in module else module
-
-
-def imported(source: str, module: str, *, package: bool = False) -> set[str]:
-    """The modules of polar that a module imports, in whatever form and place."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found += [name.name for name in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            parts = module.split(".")[: 0 if not node.level else len(module.split(".")) - node.level + package]
-            base = ".".join([*parts, *([node.module] if node.module else [])])
-            found += [f"{base}.{name.name}" for name in node.names]
-    modules = {"polar", *MODULES}
-    return {name if name in modules else name.rpartition(".")[0] for name in found if name.split(".")[0] == "polar"}
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        "import polar.cli.main",
-        "import polar.cli.main as entry",
-        "from polar.cli.main import main",
-        "from polar.cli import main",
-        "from ..cli import main",
-        "from ..cli.main import main",
-        "def f():\n    import sys, polar.cli.main",
-        "if TYPE_CHECKING:\n    from polar.cli.main import main",
-    ],
-)
-def test_every_form_of_import_is_seen(form: str) -> None:
-    assert imported(form, "polar.model.tree") == {"polar.cli.main"}
-
-
-def test_names_of_the_package_itself_are_seen_as_such() -> None:
-    assert imported("from polar import RewardModel, cli", "polar.model.tree") == {"polar", "polar.cli"}
-    assert imported("from . import tree\nfrom ..core import errors", "polar.model", package=True) == {
-        "polar.model.tree",
-        "polar.core.errors",
+def test_the_contract_of_the_floors_sees_imports_of_every_form(tmp_path: Path) -> None:
+    wrong = {
+        "core.records -> polar.data.fields": "def f():\n    from polar.data import fields",
+        "rft.reward -> polar.evaluation.records": "import polar.evaluation.records as records",
+        "data.fields -> polar.cli.main": "from ..cli.main import main",
+        "model.tree -> polar": "from polar import RewardModel",
     }
-    assert imported("import polars\nfrom polarity import cli", "polar.model.tree") == set()
-
-
-@pytest.mark.parametrize("module", ["polar", *MODULES])
-def test_imports_go_down_only(module: str) -> None:
-    path = Path(importlib.util.find_spec(module).origin)
-    own = room(module)
-    for name in imported(path.read_text(), module, package=path.name == "__init__.py"):
-        assert room(name) == own or FLOOR[room(name)] < FLOOR[own], f"{module} imports {name}"
+    shutil.copytree(ROOT / "src" / "polar", tmp_path / "polar", ignore=shutil.ignore_patterns("checkpoints", "*.pyc"))
+    for name, line in wrong.items():
+        with (tmp_path / "polar" / f"{name.split()[0].replace('.', '/')}.py").open("a") as file:
+            file.write(f"\n{line}\n")
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"]
+    command += ["--no-cache", str(ROOT / "pyproject.toml")]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    options = {"capture_output": True, "text": True, "timeout": 120, "cwd": tmp_path, "env": environment}
+    result = subprocess.run(command, check=False, **options)
+    assert result.returncode == 1, result.stderr
+    assert all(f"polar.{name} (l." in result.stdout for name in wrong), result.stdout
 
 
 def test_readmes_are_in_step() -> None:
