@@ -107,11 +107,13 @@ class AsyncRewardModelClient:
     async def connect(self) -> None:
         """Find out how the servers are asked, and prove that they give the checkpoint's rewards.
 
-        The first request does this by itself; but then it waits for servers that do not answer yet.
+        The first request does this by itself; but then it waits for servers that do not answer yet. Servers that were
+        refused are tried again, such as one that has loaded another checkpoint since.
 
         Raises:
             EngineError: a server gives other rewards or is no reward server, or none can be reached.
         """
+        self._connected = False
         unreachable = await self._connect()
         if len(unreachable) == len(self._transport.servers):
             raise EngineError(f"no server answers: {'; '.join(unreachable)}")

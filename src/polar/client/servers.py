@@ -50,6 +50,8 @@ class Server:
     http: httpx2.AsyncClient
     engine: Engine | None = None
     """How it is asked; None until it is proven."""
+    checkpoint: str | None = None
+    """What `polar serve` calls the checkpoint that was proven; None for servers that do not name theirs."""
     refused: str = ""
     """Why it is not used any more."""
     in_flight: int = 0

@@ -1,7 +1,8 @@
 """Requests to one or several servers: balanced, bounded, tried again where that can help, never longer than allowed.
 
 Every server is proven before it gets work, and again for every new connection before the answers that came over it
-count, since after a restart something else may listen there. A server that cannot be reached, is overloaded (429) or
+count, since after a restart something else may listen there. `polar serve` can load another checkpoint under a
+connection that stays: every answer names its checkpoint, and a server that changes it is refused. A server that cannot be reached, is overloaded (429) or
 behind a broken gateway (502 to 504) rests for a jittered, growing time, or for as long as it asks (Retry-After);
 meanwhile the others do its work, and afterwards one request tries it out. Any other 5xx and replies that make no sense
 count against the request, which may be what breaks the server. A 4xx is final: the server understood and refused.
@@ -20,7 +21,7 @@ import httpx2
 from polar.client.engines import Answer, Engine, NonsenseError
 from polar.client.errors import EngineError
 from polar.client.servers import Limits, Server, pause
-from polar.core.http import error_message, one_line, parse_json, read_content, retry_after
+from polar.core.http import CHECKPOINT_HEADER, error_message, one_line, parse_json, read_content, retry_after
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,10 @@ class _NonsenseReplyError(_BrokenError):
     """The server answered, but not in the format of its engine."""
 
 
+class _ChangedError(EngineError):
+    """The server has loaded another checkpoint than the one that was proven."""
+
+
 class Transport:
     """Sends requests to whichever server has least to do.
 
@@ -84,7 +89,7 @@ class Transport:
         self._freed = asyncio.Event()
 
     async def connect(self) -> list[str]:
-        """Prove every server that is not proven yet.
+        """Prove every server that is not proven yet, or was refused.
 
         Returns:
             Why, for every server that cannot be reached now; it is tried again when there is work.
@@ -93,7 +98,8 @@ class Transport:
             EngineError: a server is of no use.
         """
         for server in self.servers:
-            server.refused = ""
+            if server.refused:
+                server.refused, server.engine, server.checkpoint = "", None, None
         unreachable = [reason for reason in await asyncio.gather(*map(self._try_to_prove, self.servers)) if reason]
         if refused := [server.refused for server in self.servers if server.refused]:
             raise EngineError("; ".join(refused))
@@ -179,6 +185,7 @@ class Transport:
         if status not in UNAVAILABLE:
             server.failures = 0
         if response.is_success:
+            self._require_same_checkpoint(server, response.headers.get(CHECKPOINT_HEADER))
             return content
         reason = self._line(server, f"HTTP {status}: {error_message(content) or response.reason_phrase}")
         if status in UNAVAILABLE:
@@ -214,6 +221,8 @@ class Transport:
                 started = asyncio.get_running_loop().time()
                 try:
                     await self._prove(server)
+                except _ChangedError:
+                    raise
                 except EngineError as error:
                     raise EngineError(f"{server.address}: {error}") from None
                 server.proven_at = started
@@ -231,6 +240,20 @@ class Transport:
             log.warning("%s; it is tried again later", error)
             return str(error)
         return ""
+
+    def _require_same_checkpoint(self, server: Server, checkpoint: str | None) -> None:
+        """Refuse answers of another checkpoint than those before, even if its rewards of the probes are close."""
+        if checkpoint is None:
+            return
+        if server.checkpoint not in (None, checkpoint):
+            raise _ChangedError(
+                self._line(
+                    server,
+                    f"the server has loaded another checkpoint ({checkpoint} in place of {server.checkpoint}), so its "
+                    "rewards do not compare with those before; connect() proves it anew",
+                )
+            )
+        server.checkpoint = checkpoint
 
     def _rest(self, server: Server, error: _UnavailableError | _BrokenError) -> None:
         if isinstance(error, _UnavailableError) and error.lost:

@@ -13,6 +13,8 @@ import httpx2
 
 from polar.core.errors import InputError
 
+CHECKPOINT_HEADER = "polar-checkpoint"
+"""Header with which `polar serve` names the checkpoint that computed an answer."""
 SHOWN = 300
 """Characters of a server's message that a line keeps."""
 

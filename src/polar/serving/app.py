@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from polar.core.errors import InputError
 from polar.core.version import __version__
@@ -89,11 +89,12 @@ def _own_routes(service: Service, *, keyed: bool) -> APIRouter:
     @routes.post("/v1/rewards", response_model=Rewards, summary="Score candidates of one prompt")
     async def rewards(request: RewardsRequest) -> Response:
         service.require_model(request.model)
-        return JSONResponse(await score_candidates(service, request))
+        return await score_candidates(service, request)
 
     @routes.get("/v1/checkpoint", summary="What a client needs of the checkpoint: template, probes and tokenizer")
     async def checkpoint() -> Response:
-        return JSONResponse(await asyncio.to_thread(service.checkpoint.description))
+        checkpoint = service.checkpoint
+        return checkpoint.answer(await asyncio.to_thread(checkpoint.description))
 
     needs_key: dict[int | str, dict[str, Any]] = {403: {"model": ErrorAnswer, "description": "Not without a key"}}
 

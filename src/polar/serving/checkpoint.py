@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from starlette.responses import JSONResponse
+
 from polar.client.client import AsyncRewardModelClient
 from polar.core.errors import InputError
+from polar.core.http import CHECKPOINT_HEADER
 from polar.core.records import Comparison
 from polar.core.template import (
     BUNDLED_MODEL,
@@ -22,6 +27,7 @@ from polar.core.template import (
 from polar.model.calibration import Calibration, read_calibration
 from polar.model.files import checkpoint_directory, local_directory
 from polar.model.reward_model import RewardModel
+from polar.model.weights import weights_hash
 from polar.serving.errors import RefusalError
 
 Inputs = list[str] | list[list[int]]
@@ -49,6 +55,8 @@ class Checkpoint:
     calibration: Calibration | None
     probes: list[dict[str, Any]]
     """See `polar.client.probe`."""
+    identity: str
+    """Sixteen hexadecimal digits of weights, template, tokenizer and probes; replicas have the same."""
     model: RewardModel | None
     """None in a gateway."""
     servers: AsyncRewardModelClient | None = None
@@ -79,6 +87,10 @@ class Checkpoint:
         calibration = None if self.calibration is None else asdict(self.calibration)
         facts = {"template": asdict(self.template.settings), "probes": self.probes, "calibration": calibration}
         return {"checkpoint": facts, "tokenizer": self.template.tokenizer.to_str()}
+
+    def answer(self, content: object) -> JSONResponse:
+        """Return content as JSON that names this checkpoint, for clients that keep their connection."""
+        return JSONResponse(content, headers={CHECKPOINT_HEADER: self.identity})
 
     def encode_inputs(self, inputs: Inputs, where: str, limit: int | None = None) -> EncodedGroup:
         """Token ids of complete inputs.
@@ -171,4 +183,7 @@ def _checkpoint(
 ) -> Checkpoint:
     vocab_size = max(template.tokenizer.get_vocab().values()) + 1 if model is None else model.model.config.vocab_size
     probes = read_checkpoint_file(directory).get("probes", [])
-    return Checkpoint(source, template, vocab_size, read_calibration(directory), probes, model, servers)
+    weights = None if model is None else weights_hash(directory)  # a gateway reads none; the probes tell enough
+    facts = [weights, asdict(template.settings), probes, template.tokenizer.to_str()]
+    identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return Checkpoint(source, template, vocab_size, read_calibration(directory), probes, identity, model, servers)

@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, Response
 
 from polar.core.endings import without_end
 from polar.core.records import Group
+from polar.serving.checkpoint import Checkpoint
 from polar.serving.errors import RefusalError
 from polar.serving.schemas import (
     ClassifyRequest,
@@ -43,12 +44,12 @@ def routes(service: Service) -> APIRouter:
     async def classify(request: EitherClassifyRequest) -> Response:
         if isinstance(request, SglangRequest):
             return await _sglang(service, request)
-        rewards, tokens = await _score_vllm(service, request)
+        checkpoint, rewards, tokens = await _score_vllm(service, request)
         data = [
             {"index": index, "label": "LABEL_0", "probs": [reward], "num_classes": 1}
             for index, reward in enumerate(rewards)
         ]
-        return JSONResponse(_listing(service, "classify", data, tokens))
+        return checkpoint.answer(_listing(service, "classify", data, tokens))
 
     @router.post("/encode", summary="SGLang")
     async def encode(request: SglangRequest) -> Response:
@@ -69,31 +70,33 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/get_reward", summary="OpenRLHF; labels are the references")
     async def get_reward(request: GetRewardRequest) -> Response:
-        return JSONResponse(await _openrlhf(service, request))
+        return await _openrlhf(service, request)
 
     return router
 
 
-async def _score(service: Service, flat: Flat, where: str, limit: int | None = None) -> tuple[list[float], list[int]]:
-    """Rewards of complete inputs, and their lengths in tokens."""
+async def _score(
+    service: Service, flat: Flat, where: str, limit: int | None = None
+) -> tuple[Checkpoint, list[float], list[int]]:
+    """The checkpoint that scored complete inputs, their rewards, and their lengths in tokens."""
     async with service.admit(len(flat.inputs)) as checkpoint:
         group = await asyncio.to_thread(checkpoint.encode_inputs, flat.inputs, where, limit)
         (rewards,) = await service.rewards(checkpoint, [group], lambda number: f"{where}[{number}]")
-    return rewards, [len(ids) for ids in group.branches]
+    return checkpoint, rewards, [len(ids) for ids in group.branches]
 
 
-async def _score_vllm(service: Service, request: ClassifyRequest) -> tuple[list[float], int]:
+async def _score_vllm(service: Service, request: ClassifyRequest) -> tuple[Checkpoint, list[float], int]:
     service.require_model(request.model)
-    rewards, lengths = await _score(service, request.input, "input", request.limit)
-    return rewards, sum(lengths)
+    checkpoint, rewards, lengths = await _score(service, request.input, "input", request.limit)
+    return checkpoint, rewards, sum(lengths)
 
 
 async def _pooling(
     service: Service, request: PoolingRequest, prefix: str, shape: Callable[[float], object]
 ) -> Response:
-    rewards, tokens = await _score_vllm(service, request)
+    checkpoint, rewards, tokens = await _score_vllm(service, request)
     data = [{"index": index, "object": "pooling", "data": shape(reward)} for index, reward in enumerate(rewards)]
-    return JSONResponse(_listing(service, prefix, data, tokens))
+    return checkpoint.answer(_listing(service, prefix, data, tokens))
 
 
 def _as_list(reward: float) -> object:
@@ -128,7 +131,7 @@ async def _sglang(service: Service, request: SglangRequest) -> Response:
     """One object for one input, a list for a list; the model's name in the request is ignored, as there."""
     start = time.monotonic()
     where, flat = request.flat
-    rewards, lengths = await _score(service, flat, where)
+    checkpoint, rewards, lengths = await _score(service, flat, where)
     seconds = time.monotonic() - start
     items = [
         {
@@ -145,13 +148,13 @@ async def _sglang(service: Service, request: SglangRequest) -> Response:
         }
         for reward, tokens in zip(rewards, lengths, strict=True)
     ]
-    return JSONResponse(items[0] if flat.single else items)
+    return checkpoint.answer(items[0] if flat.single else items)
 
 
-async def _openrlhf(service: Service, request: GetRewardRequest) -> dict[str, object]:
+async def _openrlhf(service: Service, request: GetRewardRequest) -> Response:
     """Prompt and response come as one text. A trainer with several servers sends no samples to some: an empty list."""
     if not request.query:
-        return {"rewards": [], "scores": [], "extra_logs": {}}
+        return JSONResponse({"rewards": [], "scores": [], "extra_logs": {}})
     groups = [
         Group(prompt, label, (_response(query, prompt, number),))
         for number, (query, prompt, label) in enumerate(
@@ -163,7 +166,7 @@ async def _openrlhf(service: Service, request: GetRewardRequest) -> dict[str, ob
         rewards = await service.rewards(checkpoint, encoded, lambda number: f"query[{number}]")
     values = [reward for (reward,) in rewards]
     truncated = [float(bool(group.truncations[0])) for group in encoded]
-    return {"rewards": values, "scores": values, "extra_logs": {"truncated": truncated}}
+    return checkpoint.answer({"rewards": values, "scores": values, "extra_logs": {"truncated": truncated}})
 
 
 def _response(query: str, prompt: str, number: int) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from uuid import uuid4
 
 from pydantic import BaseModel
+from starlette.responses import Response
 
 from polar.core.errors import InputError
 from polar.core.references import aggregated, groups_of
@@ -59,7 +60,7 @@ class Rewards(BaseModel):
     usage: dict[str, int]
 
 
-async def score_candidates(service: Service, request: RewardsRequest) -> dict[str, object]:
+async def score_candidates(service: Service, request: RewardsRequest) -> Response:
     """Score every candidate against every reference.
 
     Raises:
@@ -78,7 +79,7 @@ async def score_candidates(service: Service, request: RewardsRequest) -> dict[st
         groups = await asyncio.to_thread(encode)
         rewards = await service.rewards(checkpoint, groups, lambda number: _place(number % count, request))
     values = [in_scale(row) for row in rewards]
-    return _answer(service, request, groups, values)
+    return checkpoint.answer(_answer(service, request, groups, values))
 
 
 def _answer(
