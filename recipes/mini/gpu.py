@@ -65,10 +65,12 @@ def train(arguments: argparse.Namespace) -> None:
     """Train for so many minutes, the learning rate falling to zero over them; prints loss, accuracy and speed."""
     from transformers import AutoModelForSequenceClassification
 
+    from polar.model.backbone import prepare
     from polar.model.tree import rewards
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = AutoModelForSequenceClassification.from_pretrained(arguments.start, dtype=torch.float32).to(device)
+    prepare(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
@@ -86,8 +88,8 @@ def train(arguments: argparse.Namespace) -> None:
             rewards_N = rewards(model, batch)
         margins_P = rewards_N[better] - rewards_N[worse]
         loss = torch.nn.functional.softplus(-margins_P).mean()
-        if not math.isfinite(float(loss)):
-            raise SystemExit(f"step {step}: the loss is {float(loss)}")
+        if not math.isfinite(loss.item()):
+            raise SystemExit(f"step {step}: the loss is {loss.item()}")
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -97,7 +99,7 @@ def train(arguments: argparse.Namespace) -> None:
         if step % 20 == 0:
             speed = seen / (time.monotonic() - begin)
             accuracy = sum(margins[-2000:]) / len(margins[-2000:])
-            print(f"step {step}: loss {float(loss):.4f}, accuracy {accuracy:.3f}, {speed:.0f} tokens/s", flush=True)
+            print(f"step {step}: loss {loss.item():.4f}, accuracy {accuracy:.3f}, {speed:.0f} tokens/s", flush=True)
     weights = {
         name: weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in model.named_parameters()
     }

@@ -26,7 +26,10 @@ for strategy in random family; do
 done
 draw discrimination.parquet --per-prompt 15 --seed 3 --prompt-ids "$nano/dev-prompts.txt"
 [ -f "$work/mixture.parquet" ] || python "$here/mixture.py" "$data" "$work/mixture.parquet" "$work/held-out.parquet"
-[ -f "$work/final.parquet" ] || python "$here/mixture.py" "$data" "$work/final.parquet" "$work/unused.parquet" --seed 2 --second
+for seed in 2 3; do
+  [ -f "$work/mixture-$seed.parquet" ] ||
+    python "$here/mixture.py" "$data" "$work/mixture-$seed.parquet" "$work/unused.parquet" --seed $seed --second
+done
 
 stage() { # stage NAME MODEL FILES...: one phase of training
   local name=$1 model=$2 files=() && shift 2
@@ -36,9 +39,10 @@ stage() { # stage NAME MODEL FILES...: one phase of training
 }
 stage policies base triples-random.parquet triples-family.parquet
 stage mixture policies mixture.parquet
-stage final mixture final.parquet
+stage second mixture mixture-2.parquet
+stage last second mixture-3.parquet
 
-python "$here/release.py" "$work/final" "$work/polar-mini"
+python "$here/release.py" "$work/last" "$work/polar-mini"
 python "$here/evaluation.py" "$data" "$work/held-out.parquet" "$work/sets"
 cp "$work/discrimination.parquet" "$work/sets/"
 polar eval "$here/suite.yaml" --data "$work/sets" --model "$work/polar-mini" --output "$work/results/polar-mini"
