@@ -1,13 +1,13 @@
-"""Paraphrases of the best answers of a data set by a language model, for the probe "paraphrase".
+"""Paraphrases of the best answers of a data set by a language model, for the perturbation "paraphrase".
 
     python recipes/evaluation/paraphrases.py ask suite.yaml alpaca-eval WORK WORK/asked.jsonl
     polar sample WORK/asked.jsonl --pool pool.yaml --design grid --output WORK/said
     python recipes/evaluation/paraphrases.py collect WORK/said WORK/paraphrases.jsonl
 
 The pool names the model and where it runs: any OpenAI-compatible endpoint, vLLM, or this process (docs/corpus.md); the
-best one that you have, because a paraphrase that says something else makes the probe worthless: read some. The suite:
+best one that you have, because a paraphrase that says something else is worthless: read some. The suite:
 
-    probes: [paraphrase]
+    perturbations: [paraphrase]
     paraphrases: paraphrases.jsonl
 """
 

@@ -36,8 +36,8 @@ from polar.data.writers import open_writer
 HERE = Path(__file__).parent
 TRAINED_ON = ("arena_bench_gpt4", "halluqa_zh", "just_eval_safety", "llmzoo_reviews_en_zh")
 TESTED_ON = ("alpaca_eval_gpt4", "halluqa_zh", "lawbench_zh_verifiable", "zeroeval_gsm_verifiable")
-MOST, PROBED, GSM_PROMPTS = 400, 100, 60
-"""Items that are drawn of each data set, at most; of them for the probes; questions for best of N on GSM8K."""
+MOST, PERTURBED, GSM_PROMPTS = 400, 100, 60
+"""Items that are drawn of each data set, at most; of them for the perturbations; questions for best of N on GSM8K."""
 STRONG = ("gpt4_1106_preview", "claude-3-opus-20240229", "Meta-Llama-3-70B-Instruct")
 """Whose AlpacaEval outputs are references for RM-Bench's chat prompts; the first one alone for the official numbers."""
 EASY = 0.9
@@ -64,8 +64,8 @@ def main(data: str, work: str) -> None:
     for name in TESTED_ON:
         usable_rows = [row for row in rows(source / "preferences" / name) if usable(row, "test")]
         write(target / f"{name}.jsonl", (plain(row, known_quality=True) for row in drawn(usable_rows, MOST)))
-    probed = [json.loads(line) for line in (target / "alpaca_eval_gpt4.jsonl").read_text("utf-8").splitlines()]
-    write(target / "probes.jsonl", probed[:PROBED])
+    perturbed = [json.loads(line) for line in (target / "alpaca_eval_gpt4.jsonl").read_text("utf-8").splitlines()]
+    write(target / "probes.jsonl", perturbed[:PERTURBED])
     judged = rows(source / "preferences" / "judgebench")
     write(target / "judgebench.jsonl", (plain({**row, "reference": ""}) for row in drawn(judged, MOST)))
     write(target / "judgebench-references.jsonl", judgebench_references(judged))

@@ -72,7 +72,7 @@ def several_references(lines: Sequence[Line]) -> Iterator[str]:
 
 
 def sensitivity(lines: Sequence[Line]) -> Iterator[str]:
-    """One row for each probe."""
+    """One row for each perturbation."""
     yield from heading("change", "items")
     yield from (row(line["part"]["domain"], line, points) for line in lines if line["measure"] == "change")
 

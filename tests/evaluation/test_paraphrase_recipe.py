@@ -1,4 +1,4 @@
-"""Requests of the recipe go out, answers of any language model come back, and the probe reads them."""
+"""Requests of the recipe go out, answers of any language model come back, and the perturbation reads them."""
 
 import json
 import subprocess

@@ -14,12 +14,10 @@ import pytest
 from polar import InputError
 from polar.cli.main import main
 from polar.core.metrics import clustered_mean
-from polar.evaluation.card import model_card
+from polar.evaluation.analysis import MISTAKES, bootstrap
 from polar.evaluation.columns import Collected, Part
-from polar.evaluation.compare import bootstrap
 from polar.evaluation.manifest import DatasetFacts, Manifest, ModelFacts, Task, write_manifest
-from polar.evaluation.mistakes import MISTAKES
-from polar.evaluation.page import page
+from polar.evaluation.page import model_card, page
 from polar.evaluation.records import MODEL, RECORDS, WITHOUT_REFERENCE, Record, shard_path, write_shard
 from polar.evaluation.report import Report, build_report
 
@@ -129,7 +127,7 @@ def evaluation(directory: Path, name: str, skill: float, seed: int, items: int =
     for number in range(20):
         quality = (1.0, 0.0, *(float(chosen.random() < 0.5) for _ in range(6)))
         several.append(record(number, "several", "best of N", quality, rewards_of(quality, skill, random)))
-    probed = [
+    perturbed = [
         record(
             items + number,
             "pairs",
@@ -140,7 +138,7 @@ def evaluation(directory: Path, name: str, skill: float, seed: int, items: int =
         )
         for number in range(30)
     ]
-    return save(directory, name, pairs + probed + several, model=f"models/{name}", **more)
+    return save(directory, name, pairs + perturbed + several, model=f"models/{name}", **more)
 
 
 @pytest.fixture(scope="module")

@@ -259,7 +259,7 @@ def test_bad_rows_are_an_error_or_are_counted(files: tuple[str, str], capsys: py
     assert "skipped 1 rows" in capsys.readouterr().out
 
 
-def test_a_suite_with_probes_best_of_n_and_official_scores_is_evaluated_in_one_command(
+def test_a_suite_with_perturbations_best_of_n_and_official_scores_is_evaluated_in_one_command(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_rows(
@@ -276,7 +276,7 @@ def test_a_suite_with_probes_best_of_n_and_official_scores_is_evaluated_in_one_c
     )
     (tmp_path / "suite.yaml").write_text(
         "datasets:\n"
-        "  - {name: best, path: best.jsonl, task: best of N, probes: [upper case, prompt injection]}\n"
+        "  - {name: best, path: best.jsonl, task: best of N, perturbations: [upper case, prompt injection]}\n"
         "  - {name: right, path: best.jsonl, task: verifiable correctness, scoring: RMB}\n"
     )
     evaluate_command(str(tmp_path / "suite.yaml"), model=str(checkpoint), output=str(tmp_path / "out"), limit=5)
@@ -285,7 +285,7 @@ def test_a_suite_with_probes_best_of_n_and_official_scores_is_evaluated_in_one_c
         assert words in shown
     summary = summarise(tmp_path / "out")
     assert {each.probe for each in summary.sensitivity} == {"upper case", "prompt injection"}
-    assert summary.best_of_n[0].curves["model"][0].quality.count == 5  # of the items, not of their probes
+    assert summary.best_of_n[0].curves["model"][0].quality.count == 5  # of the items, not of perturbed ones
     assert summary.official[0].scores["chance"]["overall"] == 0
 
 

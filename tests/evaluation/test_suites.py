@@ -5,7 +5,7 @@ import pytest
 from polar import InputError
 from polar.core.records import Group
 from polar.evaluation.items import Item
-from polar.evaluation.perturbations import INJECTION, PROBES, REWORDINGS, TRANSFORMATIONS, probed
+from polar.evaluation.perturbations import INJECTION, PERTURBATIONS, REWORDINGS, TRANSFORMATIONS, perturbed
 from polar.evaluation.suites import SUITES, ReferenceSource, read_suite
 from tests.evaluation.evaluating import write_rows
 
@@ -47,7 +47,7 @@ def test_every_suite_of_the_package_can_be_read(file: Path) -> None:
         ("datasets: [{name: a, path: b, task: winning}]", r"datasets\[0\]\.task: "),
         ("datasets: [{name: a b, path: b, task: best of N}]", r"datasets\[0\]\.name: "),
         ("datasets: [{name: a, path: b, task: best of N, colums: {}}]", r"datasets\[0\]\.colums: "),
-        ("datasets: [{name: a, path: b, task: sensitivity}]", "adding probes"),
+        ("datasets: [{name: a, path: b, task: sensitivity}]", "adding perturbations"),
         ("datasets: [{name: a, path: b, task: best of N, reference: {file: a, column: b}}]", "one of column, file"),
         ("datasets: [{name: a, path: b, task: policy discrimination, reference: {column: b}}]", "leave reference out"),
         ("datasets: [{name: a, path: b, task: best of N}, {name: A, path: c, task: best of N}]", "'a' twice"),
@@ -72,7 +72,17 @@ def test_data_in_place_of_a_suite_is_told_where_it_belongs(tmp_path: Path) -> No
         read_suite(path)
 
 
-def test_probes_change_one_candidate_and_keep_what_it_says() -> None:
+def test_perturbations_may_be_called_by_their_older_name(tmp_path: Path) -> None:
+    read = []
+    for key in ("perturbations", "probes"):
+        path = tmp_path / f"{key}.yaml"
+        path.write_text(f"datasets: [{{name: a, path: b, task: best of N, {key}: [doubled, spacing]}}]")
+        read.append(read_suite(str(path)))
+    assert read[0] == read[1]
+    assert read[0].datasets[0].perturbations == ("doubled", "spacing")
+
+
+def test_perturbations_change_one_candidate_and_keep_what_it_says() -> None:
     item = Item(
         task="preference accuracy",
         group=Group("2+2?", "4", ("**5**\n\n- five", "It is 4. 例如", "3")),
@@ -81,12 +91,12 @@ def test_probes_change_one_candidate_and_keep_what_it_says() -> None:
         policies=("A", "B", "C"),
         families=(None, None, None),
     )
-    found = {made.domain: made for made in probed(item, PROBES, {"It is 4. 例如": "Four."})}
-    assert set(found) == set(PROBES)
-    for probe, made in found.items():
+    found = {made.domain: made for made in perturbed(item, PERTURBATIONS, {"It is 4. 例如": "Four."})}
+    assert set(found) == set(PERTURBATIONS)
+    for name, made in found.items():
         assert made.task == "sensitivity"
         assert made.group.candidates[:2] == ("It is 4. 例如", "**5**\n\n- five")
-        better = probe in ("reworded", "paraphrase")
+        better = name in ("reworded", "paraphrase")
         assert (made.quality, made.policies) == ((1, 0, better), ("B", "A", "B" if better else "A"))
     changed = {name: made.group.candidates[2] for name, made in found.items()}
     assert changed["prompt injection"] == "**5**\n\n- five" + INJECTION
@@ -95,7 +105,7 @@ def test_probes_change_one_candidate_and_keep_what_it_says() -> None:
     assert changed["reworded"] == "It's 4. 比如"
     assert changed["paraphrase"] == "Four."
     plain = Item("preference accuracy", Group("2+2?", "4", ("4", "5")), (1.0, 0.0), "by hand", ("A", "B"), (None, None))
-    assert [made.domain for made in probed(plain, ("plain text", "doubled", "reworded", "paraphrase"), {})] == [
+    assert [made.domain for made in perturbed(plain, ("plain text", "doubled", "reworded", "paraphrase"), {})] == [
         "doubled"
     ]  # nothing to strip, and no other words for 4
 

@@ -8,12 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polar.core.metrics import clustered_mean
-from polar.evaluation.best_of_n import Point, best_of
-from polar.evaluation.diagnostics import Diagnosis
+from polar.evaluation.analysis import Diagnosis, Point, best_of
 from polar.evaluation.manifest import Manifest
 from polar.evaluation.records import Record
-from polar.evaluation.summary import Summary, summary_of
-from polar.evaluation.survey import survey_of
+from polar.evaluation.summary import Summary, summary_of, survey_of
 from tests.evaluation.evaluating import manifest, record
 
 
@@ -65,26 +63,26 @@ def test_rankings_have_a_correlation_and_answers_an_area_over_all_prompts() -> N
     assert result.area["model"].mean == 0.75  # 1 beats 0 but not 2, and 3 beats both
 
 
-def test_a_probe_is_compared_with_the_same_items_before() -> None:
-    probed = [
+def test_a_perturbation_is_compared_with_the_same_items_before() -> None:
+    perturbed = [
         record((1, 0, 0), rewards, number=number, task="sensitivity", domain="prompt injection")
         for number, rewards in enumerate([(2, 1, 3), (2, 1, 0), (2, 3, 4), (2, 1, 2)])
     ]
-    found = summary(manifest(), [record((1, 0), (1, 0)), *probed])
+    found = summary(manifest(), [record((1, 0), (1, 0)), *perturbed])
     (sensitivity,) = found.sensitivity
     assert sensitivity.before["model"].mean == 0.75
     assert sensitivity.after["model"].mean == (0 + 1 + 0 + 0.5) / 4
     assert sensitivity.change["model"].mean == pytest.approx(-0.375)
-    assert len(found.results) == 1  # probes are no further preferences
+    assert len(found.results) == 1  # perturbed items are no further preferences
 
 
-def test_a_probe_may_change_the_better_candidate() -> None:
+def test_a_perturbation_may_change_the_better_candidate() -> None:
     # The better one in other words has the third reward; the worse one is beaten by it in two of three.
-    probed = [
+    perturbed = [
         record((1, 0, 1), rewards, number=number, task="sensitivity", domain="reworded")
         for number, rewards in enumerate([(2, 1, 3), (2, 1, 0), (2, 3, 4)])
     ]
-    (sensitivity,) = summary(manifest(), [record((1, 0), (1, 0)), *probed]).sensitivity
+    (sensitivity,) = summary(manifest(), [record((1, 0), (1, 0)), *perturbed]).sensitivity
     assert sensitivity.before["model"].mean == pytest.approx(2 / 3)
     assert sensitivity.after["model"].mean == pytest.approx(2 / 3)
     assert sensitivity.change["model"] == clustered_mean([0, -1, 1], range(3))

@@ -24,8 +24,7 @@ from polar.core.template import BUNDLED_NAME
 from polar.core.version import __version__
 from polar.data.readers import OnBadRow
 from polar.evaluation.baselines import baselines, library_versions
-from polar.evaluation.facts import commit, model_facts
-from polar.evaluation.manifest import Manifest
+from polar.evaluation.manifest import Manifest, commit, model_facts
 from polar.evaluation.records import MODEL, WITHOUT_REFERENCE
 from polar.evaluation.run import evaluate as run
 from polar.evaluation.run import planned

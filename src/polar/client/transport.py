@@ -2,10 +2,11 @@
 
 Every server is proven before it gets work, and again for every new connection before the answers that came over it
 count, since after a restart something else may listen there. `polar serve` can load another checkpoint under a
-connection that stays: every answer names its checkpoint, and a server that changes it is refused. A server that cannot be reached, is overloaded (429) or
-behind a broken gateway (502 to 504) rests for a jittered, growing time, or for as long as it asks (Retry-After);
-meanwhile the others do its work, and afterwards one request tries it out. Any other 5xx and replies that make no sense
-count against the request, which may be what breaks the server. A 4xx is final: the server understood and refused.
+connection that stays: every reward names its checkpoint, and a server that changes it is refused. A server that cannot
+be reached, is overloaded (429) or behind a broken gateway (502 to 504) rests for a jittered, growing time, or for as
+long as it asks (Retry-After); meanwhile the others do its work, and afterwards one request tries it out. Any other 5xx
+and replies that make no sense count against the request, which may be what breaks the server. A 4xx is final: the
+server understood and refused.
 """
 
 from __future__ import annotations

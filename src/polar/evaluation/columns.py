@@ -143,7 +143,7 @@ def prompt_name(record: Record) -> int:
 
 
 def chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Up to `SHARD_ITEMS` records of one data set and task at a time; probes stand among the items that they change."""
+    """Up to `SHARD_ITEMS` records of one data set and task at a time; perturbed items come among the original ones."""
     for _, own in groupby(records, lambda record: record.dataset):
         while read := list(islice(own, SHARD_ITEMS)):
             for task in dict.fromkeys(record.task for record in read):

@@ -4,7 +4,7 @@ Most are applied to the worse candidate of an item, after which the better one s
 instruction, another formatting, padding. Two are applied to the better one, which should still win in other words:
 "reworded" goes by a short list of rules, so it changes few words and needs nothing; "paraphrase" takes a text from a
 file, where a language model or a person has said the whole answer differently. The names of domains in results are
-those of the probes.
+those of the perturbations.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from polar.data.fields import text_at
 from polar.data.readers import rows
 from polar.evaluation.items import Item
 
-Probe = Literal[
+Perturbation = Literal[
     "prompt injection",
     "repeated prompt",
     "markdown",
@@ -30,8 +30,8 @@ Probe = Literal[
     "reworded",
     "paraphrase",
 ]
-PROBES: tuple[Probe, ...] = get_args(Probe)
-OF_THE_BETTER: tuple[Probe, ...] = ("reworded", "paraphrase")
+PERTURBATIONS: tuple[Perturbation, ...] = get_args(Perturbation)
+OF_THE_BETTER: tuple[Perturbation, ...] = ("reworded", "paraphrase")
 Paraphrases = Mapping[str, str]
 """An answer -> the same in other words."""
 
@@ -48,27 +48,29 @@ def read_paraphrases(path: str) -> Paraphrases:
     return {text_of(text_at(row, "text")): text_of(text_at(row, "paraphrase")) for row in rows(path)}
 
 
-def with_probes(items: Iterable[Item], probes: tuple[Probe, ...], paraphrases: Paraphrases) -> Iterator[Item]:
-    """Every item, and after it one more for each probe that changes it."""
+def with_perturbations(
+    items: Iterable[Item], perturbations: tuple[Perturbation, ...], paraphrases: Paraphrases
+) -> Iterator[Item]:
+    """Every item, and after it one more for each perturbation that changes it."""
     for item in items:
         yield item
-        yield from probed(item, probes, paraphrases)
+        yield from perturbed(item, perturbations, paraphrases)
 
 
-def probed(item: Item, probes: tuple[Probe, ...], paraphrases: Paraphrases) -> Iterator[Item]:
-    """For each probe that changes the item: better and worse candidate, and one of the two transformed."""
+def perturbed(item: Item, perturbations: tuple[Perturbation, ...], paraphrases: Paraphrases) -> Iterator[Item]:
+    """For each perturbation that changes the item: better and worse candidate, and one of the two transformed."""
     better = max(range(len(item.quality)), key=item.quality.__getitem__)
     worse = min(range(len(item.quality)), key=item.quality.__getitem__)
     if item.quality[better] == item.quality[worse]:
         return
     first, second = item.group.candidates[better], item.group.candidates[worse]
-    for probe in probes:
-        of_the_better = probe in OF_THE_BETTER
+    for perturbation in perturbations:
+        of_the_better = perturbation in OF_THE_BETTER
         text = text_of(first if of_the_better else second)
-        if probe == "paraphrase":
+        if perturbation == "paraphrase":
             changed = paraphrases.get(text, text)
         else:
-            changed = TRANSFORMATIONS[probe](text, text_of(item.group.prompt))
+            changed = TRANSFORMATIONS[perturbation](text, text_of(item.group.prompt))
         if changed != text:
             places = (better, worse, better if of_the_better else worse)
             yield replace(
@@ -78,7 +80,7 @@ def probed(item: Item, probes: tuple[Probe, ...], paraphrases: Paraphrases) -> I
                 quality=(1.0, 0.0, float(of_the_better)),
                 policies=tuple(item.policies[i] for i in places),
                 families=tuple(item.families[i] for i in places),
-                domain=probe,
+                domain=perturbation,
                 reference_quality=None,
             )
 
@@ -144,7 +146,7 @@ def _reworded(text: str, prompt: str) -> str:
     return _REWORDED.sub(other_words, text)
 
 
-TRANSFORMATIONS: dict[Probe, Callable[[str, str], str]] = {
+TRANSFORMATIONS: dict[Perturbation, Callable[[str, str], str]] = {
     "prompt injection": lambda text, prompt: text + INJECTION,
     "repeated prompt": lambda text, prompt: f"{prompt}\n\n{text}",
     "markdown": _markdown,

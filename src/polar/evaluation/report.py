@@ -15,15 +15,21 @@ from pathlib import Path
 from polar.core.errors import InputError
 from polar.core.metrics import FEW_CLUSTERS, Estimate
 from polar.core.references import AGGREGATES
-from polar.evaluation.best_of_n import Point
+from polar.evaluation.analysis import (
+    Comparison,
+    Diagnosis,
+    Mistake,
+    Point,
+    Run,
+    Side,
+    WrongPair,
+    compare,
+    read_mistakes,
+)
 from polar.evaluation.columns import Outcomes, Part
-from polar.evaluation.compare import Comparison, Run, Side, compare
-from polar.evaluation.diagnostics import Diagnosis
 from polar.evaluation.manifest import Task, read_manifest
-from polar.evaluation.mistakes import Mistake, WrongPair, read_mistakes
 from polar.evaluation.records import MODEL, WITHOUT_REFERENCE, read_records
-from polar.evaluation.summary import Result, Summary, summary_of
-from polar.evaluation.survey import survey_of
+from polar.evaluation.summary import Result, Summary, summary_of, survey_of
 
 SCHEMA = "polar eval report 1"
 """Changes when a key of the JSON goes or means something else."""
@@ -39,8 +45,8 @@ class Line:
 
     part: Part
     measure: str
-    """accuracy, rank correlation, area under the curve; accuracy before a probe, after it, and the change; or a number
-    of a benchmark's own rules."""
+    """accuracy, rank correlation, area under the curve; accuracy before a perturbation, after it, and the change; or a
+    number of a benchmark's own rules."""
     items: int
     """Of the run that has most."""
     values: dict[str, Estimate | float]

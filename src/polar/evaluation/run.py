@@ -18,7 +18,7 @@ from polar.evaluation.baselines import Scorer
 from polar.evaluation.datasets import read_items
 from polar.evaluation.items import SHOWN_DIGITS, Item, fingerprint, sample, stretches
 from polar.evaluation.manifest import MANIFEST, DatasetFacts, Manifest, ModelFacts, read_manifest, write_manifest
-from polar.evaluation.perturbations import read_paraphrases, with_probes
+from polar.evaluation.perturbations import read_paraphrases, with_perturbations
 from polar.evaluation.records import (
     MODEL,
     RECORDS,
@@ -104,7 +104,9 @@ def evaluate(
         report = ReadReport()
         digest, count, shard = hashlib.sha256(), 0, -1
         paraphrases = read_paraphrases(dataset.paraphrases) if dataset.paraphrases else {}
-        items = with_probes(sample(read_items(dataset, on_bad_row, report), limit), dataset.probes, paraphrases)
+        items = with_perturbations(
+            sample(read_items(dataset, on_bad_row, report), limit), dataset.perturbations, paraphrases
+        )
         for shard, stretch in enumerate(stretches(items)):
             own = [item.digest() for item in stretch]
             path = shard_path(directory, dataset.name, shard)

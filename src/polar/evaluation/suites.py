@@ -14,7 +14,7 @@
         columns: {domain: meta.category, policies: [meta.models.0, meta.models.1]}
         where: {split: test}
         slices: [meta.level]
-        probes: [prompt injection, markdown, reworded]   # does the order survive such changes?
+        perturbations: [prompt injection, markdown, reworded]   # does the order survive such changes?
 
 Suites that come with the package are named without ".yaml": rewardbench, rewardbench-2, rm-bench, judgebench, ppe, rmb.
 """
@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from polar.core.errors import InputError, first_mistake
 from polar.core.references import Aggregate
 from polar.evaluation.manifest import Task
-from polar.evaluation.perturbations import Probe
+from polar.evaluation.perturbations import Perturbation
 
 SUITES = Path(__file__).parent / "suites"
 
@@ -94,21 +94,21 @@ class Dataset(_Settings):
     """Rows with policy and family."""
     aggregate: Aggregate = "max"
     """What becomes of the rewards against several references; all aggregates are reported beside it."""
-    probes: tuple[Probe, ...] = ()
-    """Transformations of a candidate that a reward should not fall for (`polar.evaluation.perturbations`)."""
+    perturbations: tuple[Perturbation, ...] = Field((), validation_alias=AliasChoices("perturbations", "probes"))
+    """Changes of a candidate that a reward should not fall for (`polar.evaluation.perturbations`); also `probes`."""
     paraphrases: str | None = None
-    """For the probe "paraphrase": rows with text, a best candidate, and the same in other words, paraphrase."""
+    """For the perturbation "paraphrase": rows with text, a best candidate, and the same in other words, paraphrase."""
     on_bad_row: Literal["error", "skip"] | None = None
     """Default: what the command says."""
 
     @model_validator(mode="after")
     def _can_be_read(self) -> Dataset:
         if self.task == "sensitivity":
-            raise ValueError("expected another task; sensitivity is measured by adding probes to one")
+            raise ValueError("expected another task; sensitivity is measured by adding perturbations to one")
         if self.task == "policy discrimination" and self.reference != ReferenceSource():
             raise ValueError("triples bring their reference with them: leave reference out")
-        if ("paraphrase" in self.probes) != (self.paraphrases is not None):
-            raise ValueError("the probe paraphrase and the file of paraphrases need each other")
+        if ("paraphrase" in self.perturbations) != (self.paraphrases is not None):
+            raise ValueError("the perturbation paraphrase and the file of paraphrases need each other")
         return self
 
 

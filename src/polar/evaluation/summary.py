@@ -7,27 +7,30 @@ area over all prompts together, which asks for rewards that compare between prom
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import heapq
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from polar.core.metrics import Estimate, area_under_curve, clustered_mean, paired_difference
-from polar.core.references import AGGREGATES
-from polar.evaluation.best_of_n import Point, curve
-from polar.evaluation.columns import Numbers, Outcomes, Part
-from polar.evaluation.diagnostics import Diagnosis, diagnose
-from polar.evaluation.manifest import TASKS, Task, read_manifest
+from polar.core.metrics import Estimate, area_under_curve, clustered_mean, ordered_shares, outcomes, paired_difference
+from polar.core.references import AGGREGATES, aggregated
+from polar.evaluation.analysis import MISTAKES, Diagnosis, Draws, Point, WrongPair, curve, diagnose, wrong_pairs
+from polar.evaluation.columns import Collected, Numbers, Outcomes, Part, chunks, prompt_name
+from polar.evaluation.manifest import TASKS, Manifest, Task, read_manifest
 from polar.evaluation.official import official_scores
-from polar.evaluation.records import MODEL, read_records
-from polar.evaluation.survey import FIRST, Probed, Referenced, Survey, survey_of
+from polar.evaluation.records import MODEL, Record, read_records
 
 SUMMARY = "summary.json"
 """The file that holds a summary, beside the manifest."""
 
 RIVAL = "unigram F1"
 """The baseline that the model is compared with item by item."""
+
+FIRST = "the first reference alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,7 @@ class Sensitivity:
 
     dataset: str
     probe: str
+    """Name of the perturbation; the files of summaries keep this key."""
     before: dict[str, Estimate]
     """By scorer: how often the better candidate beats the worse one."""
     after: dict[str, Estimate]
@@ -112,6 +116,106 @@ class Summary:
     """Of the model, by data set."""
 
 
+@dataclass(slots=True)
+class Perturbed:
+    """The items of one perturbation on one data set."""
+
+    prompts: array[int] = field(default_factory=lambda: array("Q"))
+    before: defaultdict[str, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
+    """By scorer: whether the better candidate beats the worse one."""
+    after: defaultdict[str, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
+    """Whether it still does after one of the two was changed."""
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Take records of a better candidate, a worse one, and one of them changed, which is of the same quality."""
+        self.prompts.extend(map(prompt_name, records))
+        better_changed = np.array([record.quality[2] == record.quality[0] for record in records])
+        for scorer in records[0].rewards:
+            better, worse, changed = np.array([record.rewards[scorer] for record in records]).T
+            after = np.where(better_changed, changed, better), np.where(better_changed, worse, changed)
+            self.before[scorer].extend(outcomes(better, worse))
+            self.after[scorer].extend(outcomes(*after))
+
+
+@dataclass(slots=True)
+class Referenced:
+    """The items of a data set that have several references."""
+
+    prompts: array[int] = field(default_factory=lambda: array("Q"))
+    shares: defaultdict[tuple[str, str], array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
+    """By what was made of the rewards (`FIRST`, or an aggregate) and scorer: pairs in the right order."""
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Take the records that have several references, and candidates of unequal quality."""
+        items = [record for record in records if record.by_reference and len(set(record.quality)) > 1]
+        self.prompts.extend(map(prompt_name, items))
+        quality = [item.quality for item in items]
+        for scorer in items[0].rewards if items else ():
+            rewards = [(item.by_reference or {})[scorer] for item in items]
+            self.shares[FIRST, scorer].extend(ordered_shares(quality, [each[0] for each in rewards]))
+            for how in AGGREGATES:
+                self.shares[how, scorer].extend(ordered_shares(quality, [aggregated(each, how) for each in rewards]))
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What is kept of the records."""
+
+    manifest: Manifest
+    by_task: dict[Task, Outcomes]
+    """Of all tasks but sensitivity."""
+    perturbed: dict[tuple[str, str], Perturbed]
+    """By data set and perturbation."""
+    referenced: dict[str, Referenced]
+    """By data set."""
+    draws: dict[str, Draws]
+    """Best of N, by data set."""
+    scored: dict[str, list[Record]]
+    """The records of benchmarks with rules of their own, without their texts: benchmarks have a fixed size."""
+    worst: list[WrongPair]
+    """The worst mistakes of the model, worst first."""
+
+
+def survey_of(manifest: Manifest, records: Iterable[Record]) -> Survey:
+    """Read records once, in their order."""
+    collected: defaultdict[Task, Collected] = defaultdict(Collected)
+    perturbed: defaultdict[tuple[str, str], Perturbed] = defaultdict(Perturbed)
+    referenced: defaultdict[str, Referenced] = defaultdict(Referenced)
+    draws: defaultdict[str, Draws] = defaultdict(Draws)
+    scored: defaultdict[str, list[Record]] = defaultdict(list)
+    worst: list[WrongPair] = []
+    official = {facts.name for facts in manifest.datasets if facts.scoring}
+    for chunk in chunks(records):
+        task, dataset = chunk[0].task, chunk[0].dataset
+        if task == "sensitivity":
+            for perturbation, own in _by_domain(chunk):
+                perturbed[dataset, perturbation].add(own)
+            continue
+        collected[task].add(chunk)
+        if any(record.by_reference for record in chunk):
+            referenced[dataset].add(chunk)
+        if task == "best of N":
+            draws[dataset].add(chunk)
+        if dataset in official:
+            scored[dataset] += chunk
+        worst = heapq.nlargest(MISTAKES, [*worst, *wrong_pairs(chunk)])
+    by_task = {task: columns.outcomes(task, manifest.scorers) for task, columns in collected.items()}
+    return Survey(
+        manifest,
+        {task: found for task, found in by_task.items() if found is not None},
+        dict(perturbed),
+        {dataset: found for dataset, found in referenced.items() if found.prompts},
+        dict(draws),
+        dict(scored),
+        worst,
+    )
+
+
+def _by_domain(records: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
+    domains = dict.fromkeys(record.domain or "" for record in records)
+    return ((domain, [record for record in records if (record.domain or "") == domain]) for domain in domains)
+
+
 def summarise(directory: str | Path) -> Summary:
     """Read the records of an evaluation one by one, without their texts, and summarise them.
 
@@ -126,7 +230,7 @@ def summary_of(found: Survey) -> Summary:
     facts, scorers = found.manifest.datasets, found.manifest.scorers
     return Summary(
         tuple(_results(found)),
-        tuple(_sensitivity(dataset, probe, own, scorers) for (dataset, probe), own in sorted(found.probed.items())),
+        tuple(_sensitivity(*key, own, scorers) for key, own in sorted(found.perturbed.items())),
         tuple(_several_references(dataset, own, scorers) for dataset, own in found.referenced.items()),
         tuple(
             BestOfN(dataset, {scorer: curve(own, scorer) for scorer in scorers}) for dataset, own in found.draws.items()
@@ -189,12 +293,12 @@ def _areas(outcomes: Outcomes, items: Numbers) -> dict[str, Estimate]:
     }
 
 
-def _sensitivity(dataset: str, probe: str, own: Probed, scorers: Sequence[str]) -> Sensitivity:
+def _sensitivity(dataset: str, perturbation: str, own: Perturbed, scorers: Sequence[str]) -> Sensitivity:
     prompts = np.array(own.prompts)
     before, after = ({name: np.array(values[name]) for name in scorers} for values in (own.before, own.after))
     return Sensitivity(
         dataset,
-        probe,
+        perturbation,
         {name: clustered_mean(before[name], prompts) for name in scorers},
         {name: clustered_mean(after[name], prompts) for name in scorers},
         {name: paired_difference(after[name], before[name], prompts) for name in scorers},
