@@ -26,14 +26,13 @@ from typing import Any
 
 import torch
 import yaml
+from grpo import named_reward, train
 from policies import make, write_rows
 from problems import RULES, WORDINGS, draw_problem, number_in, say
 
 from polar import RewardModel
 from polar.core.records import prompt_id, text_of
 from polar.data.readers import read_trajectories
-from polar.rft.config import RftConfig
-from polar.rft.named_rewards import named_reward
 from polar.training.init_model import ScratchConfig, from_scratch
 
 HERE = Path(__file__).parent
@@ -121,22 +120,13 @@ def run(work: Path, seed: int, arm: str) -> None:
     if result.is_file():
         return
     reward = arm if arm in ("rouge-l", "exact") else str(reward_model(work, seed, arm))
-    if output.exists():  # of a run that was stopped: it is short, and begins again
-        output.rename(output.with_name(f"{output.name}-stopped-{time.time_ns()}"))
-    files = [work / f"{name}{'-blind' if arm == 'blind' else ''}.jsonl" for name in ("rft", "held-out")]
+    data, held_out = (work / f"{name}{'-blind' if arm == 'blind' else ''}.jsonl" for name in ("rft", "held-out"))
+    settings = yaml.safe_load((HERE / "rft.yaml").read_text("utf-8"))
     began = time.perf_counter()
-    polar(
-        *("rft", "--config", HERE / "rft.yaml", "--model", work / "start", "--reward", reward, "--seed", seed),
-        *("--data", files[0], "--eval-data", files[1], "--output", output),
-    )
-    seconds = time.perf_counter() - began
-    found = {
-        "seed": seed,
-        "arm": arm,
-        "seconds": round(seconds, 1),
-        "held_out": read_rows(output / "held-out.jsonl"),
-        "steps": read_rows(output / "steps.jsonl"),
-    }
+    print("+ GRPO with the reward", reward, flush=True)
+    measured, steps = train(work / "start", reward, data, held_out, settings, seed=seed, output=output)
+    seconds = round(time.perf_counter() - began, 1)
+    found = {"seed": seed, "arm": arm, "seconds": seconds, "held_out": measured, "steps": steps}
     if arm != "exact":
         found["judge"] = {kind: judge(reward, arm, seed, digits=kind == "digits") for kind in ("words", "digits")}
     result.write_text(json.dumps(found) + "\n", "utf-8")
@@ -161,8 +151,7 @@ def judge(reward: str, arm: str, seed: int, *, digits: bool, problems: int = 100
             reference = say(problem, problem.answer, random.choice(WORDINGS), digits=digits)
             references += 2 * [NO_REFERENCE if arm == "blind" else reference]
             prompts += 2 * [problem.text]
-    config = RftConfig(model="", data=["-"], output="", reward=reward)
-    rewards = named_reward(config)(prompts=prompts, completions=outputs, reference=references)
+    rewards = named_reward(reward)(prompts=prompts, completions=outputs, reference=references)
     return fmean(
         (right > wrong) + (right == wrong) / 2 for right, wrong in zip(rewards[::2], rewards[1::2], strict=True)
     )

@@ -10,7 +10,7 @@ writes to WORK:
   answer in digits
 
 No hub is needed: the models are trained from scratch in about three minutes of one CPU core. With models of
-yours, leave this step out and name them in pool.yaml and in `polar rft --model`.
+yours, leave this step out: name the pool in pool.yaml, and put the policy to `start`.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _example(tokenizer: PreTrainedTokenizerFast, problem: Problem, answer: str) 
 
 
 def with_reference(problems: Iterable[Problem], random: Random) -> Iterator[dict[str, str]]:
-    """Rows for `polar rft`: the reference says the answer in words, the verifier reads digits."""
+    """Rows for the fine-tuning: the reference says the answer in words, the verifier reads digits."""
     for problem in problems:
         reference = say(problem, problem.answer, random.choice(WORDINGS), digits=False)
         yield {"prompt": problem.text, "reference": reference, "answer": str(problem.answer)}

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from polar.rft.guard import Measurement, has_parted
+from polar.rft.guard import has_parted
 
 ARMS = {
     "polar": "POLAR: pre-trained, fine-tuned",
@@ -42,10 +42,12 @@ def unexplained(start: Result, end: Result) -> float | None:
 
 
 def guard_stops(held_out: Sequence[Result]) -> int | None:
-    """The step at which `polar rft --guard --guard-window 4` would have stopped the run; None: it would not have."""
-    measured = [Measurement(**row) for row in held_out]
-    ends = range(1, len(measured) + 1)
-    return next((measured[end - 1].step for end in ends if has_parted(measured[:end], 4, 0.02)), None)
+    """Return the step at which `OverOptimizationGuard` with a window of 4 would have stopped the run; None: at none."""
+    rewards, accuracies = ([row[name] for row in held_out] for name in ("reward", "accuracy"))
+    ends = range(1, len(held_out) + 1)
+    return next(
+        (held_out[end - 1]["step"] for end in ends if has_parted(rewards[:end], accuracies[:end], 4, 0.02)), None
+    )
 
 
 def figures(result: Result) -> dict[str, float | None]:

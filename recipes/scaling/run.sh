@@ -16,4 +16,4 @@ draw train.parquet train-prompts.txt --seed 1
 draw heldout.parquet dev-prompts.txt --seed 3 --per-prompt 15
 
 cd "$work" # the recipe names its data without a directory
-polar scaling "$here/sizes.yaml" --output sweep
+python "$here/scaling.py" "$here/sizes.yaml" --output sweep

@@ -14,6 +14,11 @@ from typing import Any
 
 import pytest
 import yaml
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+from polar import RewardModel
+from tests.corpus.engines.tiny import save_policy
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "rft"
 
@@ -124,6 +129,34 @@ def test_table_and_plot_come_from_the_runs(recipe: Any, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "evidence.json").read_text())["polar"]["accuracy at the end"]["count"] == 3
 
 
+def test_a_run_of_grpo_measures_the_start_and_every_few_steps(
+    recipe: Any, llama: RewardModel, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    grpo = recipe("grpo")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1 2", "reference": "three", "answer": "3"}\n' * 2)
+    llama.save(tmp_path / "rm")
+    settings = {"max_steps": 3, "per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 5}
+    settings |= {"eval_steps": 2, "learning_rate": 1e-2}
+    policy = save_policy(tmp_path / "policy", tokenizer)
+    output = tmp_path / "run"
+    held_out, steps = grpo.train(policy, str(tmp_path / "rm"), rows, rows, settings, seed=0, output=output)
+    assert [row["step"] for row in held_out] == [0, 2, 3]
+    assert held_out[0]["reward"] != held_out[-1]["reward"]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    assert {"reward", "accuracy", "length"} <= steps[0].keys()
+    AutoModelForCausalLM.from_pretrained(output)
+
+
+def test_the_verifier_reads_the_last_number_and_rouge_the_closest_reference(recipe: Any) -> None:
+    grpo = recipe("grpo")
+    outputs = {"It is 4.": 1, "First 3, then 4": 1, "4 or 5": 0, "four": 0, "": 0}
+    assert grpo.verifier(completions=list(outputs), answer=["4"] * len(outputs)) == list(outputs.values())
+    references = [["a dog", "a fox"]] * 2
+    found = grpo.rouge(prompts=["p", "p"], completions=["a red fox", "a dog"], references=references)
+    assert found == pytest.approx([0.8, 1.0])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_whole_recipe_at_a_small_scale(tmp_path: Path) -> None:
@@ -146,7 +179,7 @@ def test_the_whole_recipe_at_a_small_scale(tmp_path: Path) -> None:
     command = [sys.executable, str(small / "evidence.py"), str(tmp_path / "work"), "--seeds", "3"]
     subprocess.run(command, check=True, env=environment, timeout=1500)
     again = subprocess.run(command, check=True, env=environment, timeout=200, capture_output=True, text=True)
-    assert "+ polar" not in again.stdout  # everything is there
+    assert "+ " not in again.stdout  # everything is there
     output = tmp_path / "report"
     subprocess.run(
         [sys.executable, str(small / "report.py"), str(tmp_path / "work"), "--output", str(output)], check=True

@@ -1,4 +1,9 @@
+"""The recipe for scaling laws: its statistics, and a sweep at a tiny size."""
+
 import json
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,12 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from polar.cli.main import main
-from polar.cli.scaling import read_sweep
 from polar.core.errors import InputError
 from polar.training.init_model import ScratchConfig, from_scratch, train_tokenizer
-from polar.training.scaling import Point, fit, frontier, largest_budgets, parameters_of, plot, summary
 from tests.conftest import SENTENCES
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "scaling" / "scaling.py"
+specification = spec_from_file_location("scaling_recipe", RECIPE)
+recipe = module_from_spec(specification)
+sys.modules["scaling_recipe"] = recipe  # where dataclasses look for it
+specification.loader.exec_module(recipe)
+Point, fit, frontier, largest_budgets = recipe.Point, recipe.fit, recipe.frontier, recipe.largest_budgets
 
 SIZES = [5e7, 1e8, 2.5e8, 5e8, 1e9]
 
@@ -56,7 +65,7 @@ def test_too_few_or_impossible_points_are_refused() -> None:
         fit([1, 2, 3], [0.5, 0.4, float("nan")])
 
 
-def points() -> list[Point]:
+def points() -> list:
     """Every size after 1, 2, 4 and 8 units of tokens; larger ones are better, and worse at first."""
     return [
         Point(f"n{size}", size, tokens, 0.6 * size**-0.05 * (1 + size / 100 / tokens))
@@ -76,11 +85,11 @@ def test_the_law_of_size_takes_the_last_points_and_that_of_compute_the_best() ->
 
 
 def test_the_summary_and_the_plot(tmp_path: Path) -> None:
-    found = summary(points())
+    found = recipe.summary(points())
     assert json.loads(json.dumps(found))["points"] == found["points"]
     assert found["parameters"]["law"]["points"] == 4
-    plot(points(), tmp_path / "scaling.svg")
-    plot(points(), tmp_path / "again.svg")
+    recipe.plot(points(), tmp_path / "scaling.svg")
+    recipe.plot(points(), tmp_path / "again.svg")
     drawn = (tmp_path / "scaling.svg").read_text()
     assert f"exponent {found['parameters']['law']['exponent']:.4f}" in drawn
     assert f"exponent {found['compute']['law']['exponent']:.4f}" in drawn
@@ -91,38 +100,20 @@ def test_parameters_are_counted_as_torch_counts_them() -> None:
     shape = ScratchConfig(vocab_size=300, hidden_size=24, intermediate_size=40, num_layers=3, num_heads=2)
     model = from_scratch(train_tokenizer(SENTENCES, 300), shape, max_length=256, max_response_length=64, seed=0).model
     own = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "score" not in name)  # type: ignore[attr-defined]
-    assert parameters_of(shape) == own
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("base: [", "not readable as YAML"),
-        ("base: {}", "expected base .* and sizes"),
-        ("{base: {data: [x], sped: 1}, sizes: {}}", "base: sped is no setting"),
-        ("{base: {data: [x]}, sizes: {a: {width: 3}}}", "sizes.a: width is no setting"),
-        ("{base: {data: [x]}, sizes: {a: {learning_rate: 1e-3}}}", "sizes.a: .*'str'"),  # YAML takes 1e-3 for a text
-        ("{base: {data: [x]}, sizes: {a: {learning_rate: -1.0}}}", "learning_rate must be above 0"),
-    ],
-)
-def test_a_wrong_recipe_is_one_line(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "recipe.yaml").write_text(content)
-    with pytest.raises(InputError, match=message):
-        read_sweep(str(tmp_path / "recipe.yaml"))
+    assert recipe.parameters_of(shape) == own
 
 
 def test_a_size_may_have_a_learning_rate_of_its_own(tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
+    (tmp_path / "sizes.yaml").write_text(
         "base: {data: [x], learning_rate: 0.002, seed: 7}\n"
         "sizes: {narrow: {hidden_size: 24, learning_rate: 0.008}, wide: {hidden_size: 96}}"
     )
-    sizes = read_sweep(str(recipe))
+    sizes = recipe.read_sweep(tmp_path / "sizes.yaml")
     found = {name: (size.scratch.hidden_size, size.learning_rate, size.seed) for name, size in sizes.items()}
     assert found == {"narrow": (24, 0.008, 7), "wide": (96, 0.002, 7)}
 
 
-def test_a_sweep_trains_every_size_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_trains_every_size_once(tmp_path: Path) -> None:
     data = tmp_path / "triples.jsonl"
     rows = [
         {"prompt": f"{n}?", "reference": "fox dog", "positive": "dog fox", "negative": f"{n} {n}"} for n in range(24)
@@ -130,20 +121,18 @@ def test_a_sweep_trains_every_size_once(tmp_path: Path, capsys: pytest.CaptureFi
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     shape = "vocab_size: 300, num_heads: 2, num_layers: 1, max_positions: 256"
     sizes = [f"  s{size}: {{hidden_size: {size}, intermediate_size: {size}, {shape}}}" for size in (8, 16, 32)]
-    recipe = tmp_path / "sizes.yaml"
-    recipe.write_text(
+    (tmp_path / "sizes.yaml").write_text(
         f"base: {{data: [{data}], eval_data: [{data}], max_steps: 6, eval_steps: 2, max_length: 256, "
         "max_response_length: 64, learning_rate: 0.001}\nsizes:\n" + "\n".join(sizes)
     )
-    assert main(["scaling", str(recipe), "--output", str(tmp_path / "out")]) == 0
-    found = json.loads((tmp_path / "out" / "scaling.json").read_text())
-    assert len(found["points"]) == 9
-    assert [found["points"][i]["name"] for i in (0, 3, 6)] == ["s8", "s16", "s32"]
-    tokens = [point["tokens"] for point in found["points"][:3]]
+    points = recipe.run_sweep(recipe.read_sweep(tmp_path / "sizes.yaml"), tmp_path / "out")
+    assert [point.name for point in points] == [*["s8"] * 3, *["s16"] * 3, *["s32"] * 3]
+    tokens = [point.tokens for point in points[:3]]
     assert tokens == pytest.approx([tokens[0], 2 * tokens[0], 3 * tokens[0]])
-    assert (tmp_path / "out" / "scaling.svg").exists()
     before = (tmp_path / "out" / "s8" / "model.safetensors").stat().st_mtime_ns
     (tmp_path / "out" / "s32" / "points.json").unlink()  # killed between the model and its points
-    assert main(["scaling", str(recipe), "--output", str(tmp_path / "out")]) == 0
-    assert json.loads((tmp_path / "out" / "scaling.json").read_text()) == found
+    command = [sys.executable, str(RECIPE), str(tmp_path / "sizes.yaml"), "--output", str(tmp_path / "out")]
+    subprocess.run(command, check=True, timeout=200)
+    assert json.loads((tmp_path / "out" / "scaling.json").read_text()) == json.loads(json.dumps(recipe.summary(points)))
+    assert (tmp_path / "out" / "scaling.svg").exists()
     assert (tmp_path / "out" / "s8" / "model.safetensors").stat().st_mtime_ns == before

@@ -44,10 +44,8 @@ COMMANDS = {
     "pair": ("polar.cli.pair", "trajectories of many policies -> triples"),
     "rft-data": ("polar.cli.rft_data", "data sets -> prompts and references for reinforcement fine-tuning"),
     "plan": ("polar.cli.plan", "learning rate, batch, memory and time of a pre-training run"),
-    "scaling": ("polar.cli.scaling", "train several sizes, fit scaling laws"),
     "pretrain": ("polar.cli.train", "train a policy discriminator on triples"),
     "finetune": ("polar.cli.train", "fine-tune a reward model on preferences"),
-    "rft": ("polar.cli.rft", "reinforcement fine-tuning of a policy (GRPO), with a watch on the truth"),
 }
 """Command -> its module and a summary. A module is imported when its command is asked for: `--help` needs no torch.
 The function in it has the last word of the command as its name (rft_data for rft-data)."""

@@ -1,28 +1,36 @@
 """Scaling laws: how the held-out loss falls with parameters and with compute (paper 4.4).
 
+    python recipes/scaling/scaling.py sizes.yaml --output scaling
+
+trains models of several sizes on the same triples, and fits L(N) and L(C) to their held-out losses; OUTPUT gets the
+models, scaling.json and scaling.svg. In the YAML file `base` holds what `polar pretrain` takes (data, eval_data,
+max_steps, ...), and `sizes` a name and the scratch settings of each model, with its learning_rate where that of base
+does not suit it. The losses during training are the points of L(C), so eval_steps sets how many there are. A sweep that
+was stopped goes on with the model it was at.
+
 A law is L = a x^-b, fitted as a straight line through the logarithms. The paper finds L = 0.9 N^-0.0425 (N in billions,
 R^2 0.9886) and L = 2.4 C^-0.0342 (R^2 0.9912) for five models of 50M to 1B parameters.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from scipy import stats
 
-from polar.core.errors import InputError
-from polar.core.template import CHECKPOINT_FILE
+from polar import InputError, RewardModel
+from polar.core.files import write_json
 from polar.training.config import PretrainConfig
 from polar.training.init_model import ScratchConfig
-
-log = logging.getLogger(__name__)
+from polar.training.run import pretrain
 
 Values = NDArray[np.float64]
 CONFIDENCE = 0.95
@@ -121,6 +129,20 @@ def frontier(points: Iterable[Point]) -> list[Point]:
     return best
 
 
+def read_sweep(path: Path) -> dict[str, PretrainConfig]:
+    """Read the settings of every model; their output is still empty.
+
+    Raises:
+        TypeError, InputError: something is no setting, or has a wrong value.
+    """
+    content = yaml.safe_load(path.read_text("utf-8"))
+    sizes = {}
+    for name, shape in content["sizes"].items():
+        own = {"learning_rate": shape.pop("learning_rate")} if "learning_rate" in shape else {}
+        sizes[name] = PretrainConfig(**{"output": "", **content["base"], **own, "scratch": ScratchConfig(**shape)})
+    return sizes
+
+
 def run_sweep(sizes: Mapping[str, PretrainConfig], directory: Path) -> list[Point]:
     """Train every model that has no result yet, the smallest first, and collect all points.
 
@@ -139,11 +161,8 @@ def run_sweep(sizes: Mapping[str, PretrainConfig], directory: Path) -> list[Poin
     for name, config in sorted(sizes.items(), key=lambda item: parameters_of(item[1].scratch)):
         result = directory / name / "points.json"
         if not result.exists():
-            log.info("training %s, %s parameters without embeddings", name, f"{parameters_of(config.scratch):,}")
-            found = [asdict(point) for point in _train(name, replace(config, output=str(directory / name)))]
-            temporary = result.with_suffix(".tmp")
-            temporary.write_text(json.dumps(found, indent=2), "utf-8")
-            temporary.replace(result)
+            print(f"training {name}, {parameters_of(config.scratch):,} parameters without embeddings", flush=True)
+            write_json(result, [asdict(point) for point in _train(name, replace(config, output=str(directory / name)))])
         points += [Point(**point) for point in json.loads(result.read_text("utf-8"))]
     return points
 
@@ -155,10 +174,7 @@ def parameters_of(shape: ScratchConfig) -> int:
 
 
 def _train(name: str, config: PretrainConfig) -> list[Point]:
-    from polar.model.reward_model import RewardModel
-    from polar.training.run import pretrain
-
-    finished = (Path(config.output) / CHECKPOINT_FILE).exists()
+    finished = (Path(config.output) / "polar.json").exists()
     model = RewardModel.load(config.output) if finished else pretrain(config)
     training = model.provenance["training"]
     state = json.loads((Path(config.output) / "run" / "trainer_state.json").read_text("utf-8"))
@@ -209,3 +225,18 @@ def _draw(axes: Any, x: Sequence[float], points: Sequence[Point], label: str) ->
     axes.plot(x, [point.loss for point in points], "o", color="black", markersize=4)
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel="held-out loss")
     axes.legend(frameon=False)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    measured = run_sweep(read_sweep(options.recipe), options.output)
+    write_json(options.output / "scaling.json", summary(measured))
+    plot(measured, options.output / "scaling.svg")
+    for symbol, name in (("N", "parameters"), ("C", "compute")):
+        law = summary(measured)[name]["law"]
+        low, high = law["exponent_interval"]
+        print(f"L = {law['coefficient']:.3g} {symbol}^-{law['exponent']:.4f} (95 %: {low:.4f} to {high:.4f})")
