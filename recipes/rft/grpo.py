@@ -73,7 +73,7 @@ def train(
     examiner = Examiner(list(read_rows(held_out)), function, tokenizer, arguments)
     trainer = GRPOTrainer(
         model=model,
-        reward_funcs=[function, verifier],
+        reward_funcs=list[Any]([function, verifier]),
         args=arguments,
         train_dataset=Dataset.from_list(list(read_rows(data))),
         processing_class=tokenizer,
@@ -100,7 +100,9 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def named_reward(name: str) -> RewardFunction:
     """Return a reward function: rouge-l, exact (the verifier itself), or by a reward model in a directory."""
-    return {"exact": verifier, "rouge-l": rouge}.get(name) or polar_reward(name)
+    if name == "exact":
+        return verifier
+    return rouge if name == "rouge-l" else polar_reward(name)
 
 
 def verifier(completions: Sequence[Any], answer: Sequence[str], **batch: Any) -> list[float]:
