@@ -4,7 +4,6 @@ Ray reads the class of the settings from the annotation of `build`, so annotatio
 """
 
 import os
-from pathlib import Path
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, PositiveInt
@@ -12,12 +11,8 @@ from ray import serve
 
 from polar.core.errors import InputError
 from polar.core.template import BUNDLED_NAME
-from polar.serving.app import create_app
-from polar.serving.batcher import Batcher
-from polar.serving.checkpoint import Checkpoint, Loading, load_checkpoint
-from polar.serving.metrics import Metrics
-from polar.serving.middleware import parse_keys
-from polar.serving.service import Service
+from polar.serving import Loading, create_server, parse_keys
+from polar.serving.checkpoint import Checkpoint
 
 KEYS = "POLAR_API_KEYS"
 
@@ -49,11 +44,11 @@ def build(settings: Settings) -> serve.Application:
     keys = parse_keys(os.environ.get(KEYS, ""), KEYS)
 
     def replica() -> FastAPI:
-        checkpoint = load_checkpoint(settings.model, Loading(dtype=settings.dtype))
-        metrics = Metrics()
-        score = Batcher(settings.batch_tokens, metrics).score
-        service = Service(Path(settings.model).name, checkpoint, _refuse_reload, score, metrics, max_queue=4096)
-        return create_app(service, keys)
+        server = create_server(
+            settings.model, keys=keys, loading=Loading(dtype=settings.dtype), batch_tokens=settings.batch_tokens
+        )
+        server.service.load = _refuse_reload
+        return server.app
 
     deployment = serve.deployment(serve.ingress(replica)()).options(
         name="polar",

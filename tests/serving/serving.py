@@ -23,7 +23,7 @@ from polar.serving.app import create_app
 from polar.serving.batcher import Batcher
 from polar.serving.checkpoint import Checkpoint, Loading, load_checkpoint
 from polar.serving.metrics import Metrics
-from polar.serving.middleware import Limits
+from polar.serving.middleware import RequestLimits
 from polar.serving.service import Service
 
 Result = TypeVar("Result")
@@ -56,7 +56,7 @@ def ask(
     of: Service | None = None,
     *,
     keys: Sequence[bytes] = (),
-    limits: Limits | None = None,
+    limits: RequestLimits | None = None,
     peer: str = "127.0.0.1",
 ) -> Result:
     """Run questions to a server in this process; faults of it are answered, not raised."""

@@ -12,7 +12,7 @@ from polar import EncodedGroup, InputError
 from polar.serving.app import create_app
 from polar.serving.checkpoint import Checkpoint
 from polar.serving.errors import RefusalError
-from polar.serving.middleware import Limits, parse_keys
+from polar.serving.middleware import RequestLimits, parse_keys
 from tests.serving.serving import JSON, Stalled, ask, flat, nano, post, service
 
 BODY = {"prompt": "2+2?", "reference": "It is 4.", "candidates": ["4", "five"]}
@@ -84,7 +84,7 @@ def test_a_body_of_fifty_megabytes_is_refused_in_json_and_not_kept(declared: boo
 
 
 def test_large_bodies_at_once_are_bounded_together() -> None:
-    limits = Limits(body_bytes=1 << 20)
+    limits = RequestLimits(body_bytes=1 << 20)
 
     async def questions(client: httpx2.AsyncClient) -> list[httpx2.Response]:
         sending = (client.post("/v1/rewards", content=chunks(15, pause=0.01), headers=JSON) for _ in range(20))
@@ -98,7 +98,7 @@ def test_large_bodies_at_once_are_bounded_together() -> None:
 
 
 def test_a_body_that_does_not_arrive_in_time_is_refused() -> None:
-    slow = Limits(read_seconds=0.1)
+    slow = RequestLimits(read_seconds=0.1)
     answer = ask(lambda client: client.post("/classify", content=chunks(20, 1, pause=0.05), headers=JSON), limits=slow)
     assert (answer.status_code, answer.json()["error"]["type"]) == (408, "RequestTimeoutError")
 

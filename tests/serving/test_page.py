@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from polar.serving import page
-from polar.serving.app import create_app
+from polar.serving import app as application
+from polar.serving.app import PAGE, PAGE_HEADERS, create_app
 from polar.serving.server import bind, serve
 from polar.serving.service import Service
 from tests.serving.serving import ask, service
@@ -85,9 +85,9 @@ def browse(
     """Let the page do a task; the content security policy stays in force, the driver is allowed by its hash."""
     driver = DRIVER.replace("TASK", json.dumps(task).replace("<", "\\u003c"))
     digest = b64encode(sha256(driver.encode()).digest()).decode()
-    policy = page.HEADERS["Content-Security-Policy"].replace("script-src", f"script-src 'sha256-{digest}'")
-    monkeypatch.setattr(page, "HTML", page.HTML.replace("</body>", f"<script>{driver}</script></body>"))
-    monkeypatch.setattr(page, "HEADERS", page.HEADERS | {"Content-Security-Policy": policy})
+    policy = PAGE_HEADERS["Content-Security-Policy"].replace("script-src", f"script-src 'sha256-{digest}'")
+    monkeypatch.setattr(application, "PAGE", PAGE.replace("</body>", f"<script>{driver}</script></body>"))
+    monkeypatch.setattr(application, "PAGE_HEADERS", PAGE_HEADERS | {"Content-Security-Policy": policy})
     of = of or service()
 
     async def run() -> tuple[str, str]:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx2
@@ -18,9 +19,9 @@ from polar import AsyncRewardModelClient, Comparison, RewardModel, Template
 from polar.cli.main import main
 from polar.client.servers import Limits
 from polar.serving.app import create_app
-from polar.serving.server import bind, serve
+from polar.serving.server import bind, create_server, serve
 from tests.conftest import build_model
-from tests.serving.serving import JSON, Process, Stalled, flat, serving
+from tests.serving.serving import CPU, JSON, Process, Stalled, flat, serving
 
 TEXTS = flat("How much is it?", "It is 4.", *(f"answer number {number}" for number in range(400)))
 POST = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -161,6 +162,27 @@ def test_after_the_drain_seconds_the_server_ends_anyway(caplog: pytest.LogCaptur
 
     assert asyncio.run(run()) < 10
     assert "given up after 1.5 s" in caplog.text
+
+
+def test_a_server_runs_in_a_thread_of_another_program() -> None:
+    server = create_server("polar-nano", loading=CPU, keys=[b"a-key"], name="reward")
+    listener = bind("127.0.0.1", 0, protected=False)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    loop = asyncio.new_event_loop()
+    with ThreadPoolExecutor(1) as pool:
+        running = loop.create_task(server.serve(listener, drain_seconds=2))
+        finished = pool.submit(loop.run_until_complete, asyncio.wait([running], timeout=120))
+        try:
+            for _ in range(100):
+                with suppress(httpx2.TransportError):
+                    answer = httpx2.post(f"{url}/v1/rewards", json=BODY, headers={"X-API-Key": "a-key"}, timeout=60)
+                    break
+                time.sleep(0.1)
+            refused = httpx2.post(f"{url}/v1/rewards", json=BODY)
+        finally:
+            loop.call_soon_threadsafe(running.cancel)
+        finished.result(60)
+    assert (answer.status_code, answer.json()["model"], refused.status_code) == (200, "reward", 401)
 
 
 def test_a_port_is_free_again_at_once() -> None:

@@ -5,26 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from polar.core.errors import InputError
 from polar.core.template import BUNDLED_NAME, Compat
-
-try:
-    from polar.serving import server
-    from polar.serving.app import create_app
-    from polar.serving.batcher import Batcher
-    from polar.serving.checkpoint import Loading, load_checkpoint
-    from polar.serving.gateway import load_served, score_elsewhere
-    from polar.serving.metrics import Metrics
-    from polar.serving.middleware import Limits, parse_keys
-    from polar.serving.service import Score, Service
-except ModuleNotFoundError as error:
-    raise InputError(f"polar serve needs {error.name}: pip install 'polar-rm[serve]'") from error
 
 
 def serve(
@@ -83,43 +69,27 @@ def serve(
         read_seconds: Most time for a request to arrive.
         drain_seconds: Most time for requests in flight after SIGTERM.
     """
-    keys = _check(
-        {"batch_tokens": batch_tokens, "max_queue": max_queue, "max_body_mb": max_body_mb},
-        {"read_seconds": read_seconds, "drain_seconds": drain_seconds},
-        api_key_env,
-    )
-    listener = server.bind(host, port, protected=bool(keys) or allow_no_key)
-    loading = Loading(device, dtype, compat, max_length, max_response_length)
-    metrics = Metrics()
-    if backend:
-        load = partial(load_served, loading=loading, backends=backend)
-    else:
-        load = partial(load_checkpoint, loading=loading)
-    checkpoint = load(model)
-    if checkpoint.model is None:
-        engine: Score = score_elsewhere
-    else:
-        default = 4096 if checkpoint.model.device.type == "cpu" else 16384
-        engine = Batcher(batch_tokens or default, metrics).score
-    service = Service(name or Path(model).name, checkpoint, load, engine, metrics, max_queue)
-    asyncio.run(
-        server.serve(
-            create_app(service, keys, Limits(max_body_mb << 20, read_seconds)),
-            service,
-            listener,
-            drain_seconds=drain_seconds,
-            read_seconds=read_seconds,
-            prepare=checkpoint.connect,
-        )
-    )
+    try:
+        from polar import serving  # needs torch, which --help does not
+    except ModuleNotFoundError as error:
+        raise InputError(f"polar serve needs {error.name}: pip install 'polar-rm[serve]'") from error
 
-
-def _check(counts: dict[str, int | None], seconds: dict[str, float], variable: str) -> tuple[bytes, ...]:
-    """Refuse values that make no sense; returns the API keys."""
-    for flag, count in counts.items():
+    for flag, count in {"batch_tokens": batch_tokens, "max_queue": max_queue, "max_body_mb": max_body_mb}.items():
         if count is not None and count < 1:
             raise InputError(f"{flag} must be at least 1, found {count}")
-    for flag, value in seconds.items():
-        if not value > 0:
-            raise InputError(f"{flag} must be positive, found {value}")
-    return parse_keys(os.environ.get(variable, ""), variable)
+    for flag, seconds in {"read_seconds": read_seconds, "drain_seconds": drain_seconds}.items():
+        if not seconds > 0:
+            raise InputError(f"{flag} must be positive, found {seconds}")
+    keys = serving.parse_keys(os.environ.get(api_key_env, ""), api_key_env)
+    listener = serving.bind(host, port, protected=bool(keys) or allow_no_key)
+    server = serving.create_server(
+        model,
+        backends=backend,
+        name=name,
+        keys=keys,
+        loading=serving.Loading(device, dtype, compat, max_length, max_response_length),
+        batch_tokens=batch_tokens,
+        max_queue=max_queue,
+        limits=serving.RequestLimits(max_body_mb << 20, read_seconds),
+    )
+    asyncio.run(server.serve(listener, drain_seconds=drain_seconds))

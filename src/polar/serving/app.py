@@ -1,11 +1,17 @@
-"""The application: our own routes, what is asked about a server, and one shape for all errors."""
+"""The application: our own routes, the state of the server, the page for people, and one shape for all errors."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import re
+import time
+from base64 import b64encode
+from collections.abc import Callable, Sequence
+from hashlib import sha256
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Annotated, Any
+from uuid import uuid4
 
 from fastapi import APIRouter, Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -15,11 +21,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from polar.core.errors import InputError
+from polar.core.references import aggregated, groups_of
+from polar.core.template import EncodedGroup
 from polar.core.version import __version__
-from polar.serving import compat_routes, page
+from polar.model.calibration import scaling, with_reference
+from polar.serving import compat_routes
+from polar.serving.checkpoint import Checkpoint
 from polar.serving.errors import RefusalError
-from polar.serving.middleware import Guard, Limits
-from polar.serving.rewards import Rewards, score_candidates
+from polar.serving.middleware import Guard, RequestLimits
 from polar.serving.schemas import FieldError, ReloadRequest, RewardsRequest
 from polar.serving.service import Service
 
@@ -56,8 +65,67 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(service: Service, keys: Sequence[bytes] = (), limits: Limits | None = None) -> FastAPI:
-    """The ASGI application around a service.
+class Cut(BaseModel):
+    """Tokens that were cut from each part because the input was too long; all zero when it fitted."""
+
+    prompt: int
+    reference: int
+    candidate: int
+
+
+class Detail(BaseModel):
+    """One candidate against one reference."""
+
+    reward: float
+    tokens: int
+    """Tokens that were read."""
+    truncation: Cut
+
+
+class Candidate(BaseModel):
+    """One candidate."""
+
+    index: int
+    reward: float
+    references: list[Detail]
+    """One per reference, in their order."""
+
+
+class Rewards(BaseModel):
+    """The answer to `POST /v1/rewards`."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    output: str
+    rewards: list[float]
+    """One per candidate, in their order."""
+    candidates: list[Candidate]
+    usage: dict[str, int]
+
+
+PAGE = (Path(__file__).parent / "index.html").read_text("utf-8")
+"""For people, at `/`: one HTML file that loads nothing from elsewhere."""
+
+
+def _page_hash(tag: str) -> str:
+    """The hash by which the content security policy allows the one element of this name."""
+    (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)
+    return f"'sha256-{b64encode(sha256(content.encode()).digest()).decode()}'"
+
+
+PAGE_HEADERS = {
+    "Content-Security-Policy": f"default-src 'none'; script-src {_page_hash('script')}; "
+    f"style-src {_page_hash('style')}; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def create_app(service: Service, keys: Sequence[bytes] = (), limits: RequestLimits | None = None) -> FastAPI:
+    """Return the ASGI application around a service.
 
     Args:
         service: What computes.
@@ -74,7 +142,7 @@ def create_app(service: Service, keys: Sequence[bytes] = (), limits: Limits | No
     app.include_router(_own_routes(service, keyed=bool(keys)), responses=REFUSALS)
     app.include_router(compat_routes.routes(service), responses=REFUSALS)
     app.include_router(_state_routes(service))
-    app.add_middleware(Guard, keys=tuple(keys), limits=limits or Limits(), metrics=service.metrics)
+    app.add_middleware(Guard, keys=tuple(keys), limits=limits or RequestLimits(), metrics=service.metrics)
     app.add_exception_handler(RefusalError, _refused)
     app.add_exception_handler(InputError, _bad_input)
     app.add_exception_handler(RequestValidationError, _malformed)
@@ -148,7 +216,7 @@ def _state_routes(service: Service) -> APIRouter:
 
     @routes.get("/", include_in_schema=False)
     async def index() -> Response:
-        return Response(page.HTML, headers=page.HEADERS, media_type="text/html")
+        return Response(PAGE, headers=PAGE_HEADERS, media_type="text/html")
 
     return routes
 
@@ -158,6 +226,64 @@ def _is_loopback(request: Request) -> bool:
         return request.client is not None and ip_address(request.client.host).is_loopback
     except ValueError:
         return False
+
+
+async def score_candidates(service: Service, request: RewardsRequest) -> Response:
+    """Score every candidate against every reference.
+
+    Raises:
+        RefusalError: Nothing could be scored, or not in the scale that was asked for.
+    """
+    # For probabilities the reference is scored as one more candidate: under the same truncation as the others.
+    with_it = request.output == "probability"
+    count = len(request.candidates) + with_it
+
+    def encode() -> list[EncodedGroup]:
+        groups = groups_of(request.prompt, request.all_references, request.candidates, wrapper=request.wrapper)
+        return [checkpoint.template.encode_group(with_reference(one) if with_it else one) for one in groups]
+
+    async with service.admit(count * len(request.all_references)) as checkpoint:
+        in_scale = _scaling(request, checkpoint)
+        groups = await asyncio.to_thread(encode)
+        rewards = await service.rewards(checkpoint, groups, lambda number: _place(number % count, request))
+    values = [in_scale(row) for row in rewards]
+    return checkpoint.answer(_answer(service, request, groups, values))
+
+
+def _answer(
+    service: Service, request: RewardsRequest, groups: Sequence[EncodedGroup], values: Sequence[Sequence[float]]
+) -> dict[str, object]:
+    candidates = []
+    for index, reward in enumerate(aggregated(values, request.aggregate)):
+        details = []
+        for group, row in zip(groups, values, strict=True):
+            cut = group.truncations[index]
+            truncation = {"prompt": cut.prompt, "reference": cut.reference, "candidate": cut.output}
+            tokens = len(group.prefix) + len(group.branches[index])
+            details.append({"reward": row[index], "tokens": tokens, "truncation": truncation})
+        candidates.append({"index": index, "reward": reward, "references": details})
+    tokens = sum(len(group.prefix) + len(branch) for group in groups for branch in group.branches)
+    return {
+        "id": request.id or f"rewards-{uuid4().hex}",
+        "object": "rewards",
+        "created": int(time.time()),
+        "model": service.name,
+        "output": request.output,
+        "rewards": [candidate["reward"] for candidate in candidates],
+        "candidates": candidates,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+
+
+def _scaling(request: RewardsRequest, checkpoint: Checkpoint) -> Callable[[Sequence[float]], list[float]]:
+    try:
+        return scaling(request.output, checkpoint.calibration)
+    except InputError as error:
+        raise RefusalError(422, f'output: {error}; or ask for "raw" or "probability"', "output") from error
+
+
+def _place(index: int, request: RewardsRequest) -> str:
+    return f"candidates[{index}]" if index < len(request.candidates) else "reference"
 
 
 async def _refused(request: Request, error: Exception) -> Response:

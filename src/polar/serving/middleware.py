@@ -23,7 +23,7 @@ BODIES_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class RequestLimits:
     """What a request may take."""
 
     body_bytes: int = 32 << 20
@@ -51,7 +51,7 @@ class Guard:
     next message can only be that the client has gone: then the request is cancelled.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[bytes], limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[bytes], limits: RequestLimits, metrics: Metrics) -> None:
         self.app, self.keys, self.limits, self.metrics = app, keys, limits, metrics
         self._held = 0
         """Bytes of bodies in memory."""

@@ -1,4 +1,4 @@
-"""Running the application: the socket, the time that requests may take to arrive, and what signals mean.
+"""A server from a checkpoint to its socket: loading, the time that requests may take to arrive, and signals.
 
 SIGTERM and Ctrl-C drain: new requests and `/ready` get 503, what was accepted is answered, then the process ends with
 exit code 0. A second signal does not wait. SIGHUP loads the checkpoint again.
@@ -11,9 +11,12 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from ipaddress import ip_address
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,8 +26,15 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from polar.core.errors import InputError
+from polar.core.template import BUNDLED_NAME
+from polar.serving.app import create_app
+from polar.serving.batcher import Batcher
+from polar.serving.checkpoint import Loading, load_checkpoint
 from polar.serving.errors import RefusalError
-from polar.serving.service import Service
+from polar.serving.gateway import load_served, score_elsewhere
+from polar.serving.metrics import Metrics
+from polar.serving.middleware import RequestLimits
+from polar.serving.service import Score, Service
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +42,70 @@ KEEP_ALIVE_SECONDS = 75
 """For idle connections; longer than clients keep them, so that none is closed under a request that is on its way."""
 CLOSING_SECONDS = 1
 """At the end of draining, for answers that are still being sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardServer:
+    """A loaded checkpoint with its application, for `serve` here or for any other ASGI server."""
+
+    app: FastAPI
+    service: Service
+    limits: RequestLimits
+
+    async def serve(self, listener: socket.socket, *, drain_seconds: float = 30.0) -> None:
+        """Serve until a signal ends it, or the task is cancelled; arguments as in `serve`."""
+        await serve(
+            self.app,
+            self.service,
+            listener,
+            drain_seconds=drain_seconds,
+            read_seconds=self.limits.read_seconds,
+        )
+
+
+def create_server(
+    model: str = BUNDLED_NAME,
+    *,
+    backends: Sequence[str] = (),
+    name: str | None = None,
+    keys: Sequence[bytes] = (),
+    loading: Loading | None = None,
+    batch_tokens: int | None = None,
+    max_queue: int = 4096,
+    limits: RequestLimits | None = None,
+) -> RewardServer:
+    """Load a checkpoint and build the server around it, as `polar serve` does.
+
+    Example:
+        >>> server = create_server("runs/reward-model")
+        >>> asyncio.run(server.serve(bind("127.0.0.1", 30000, protected=False)))
+
+    Args:
+        model: Checkpoint directory, hub name, or polar-nano for the bundled model.
+        backends: Servers that compute in place of this process, such as `vllm=HOST:PORT,HOST:PORT`.
+        name: The model's name in requests and answers (default: the last part of `model`).
+        keys: API keys; without any, every client may ask.
+        loading: Device, precision and lengths.
+        batch_tokens: Tokens of one forward pass (default: 4096 on a CPU, 16384 elsewhere).
+        max_queue: Inputs that may be in flight.
+        limits: Size and time of requests.
+
+    Raises:
+        InputError: The checkpoint or an address is unusable.
+    """
+    loading, limits, metrics = loading or Loading(), limits or RequestLimits(), Metrics()
+    if backends:
+        load = partial(load_served, loading=loading, backends=backends)
+    else:
+        load = partial(load_checkpoint, loading=loading)
+    checkpoint = load(model)
+    if checkpoint.model is None:
+        score: Score = score_elsewhere
+    else:
+        default = 4096 if checkpoint.model.device.type == "cpu" else 16384
+        score = Batcher(batch_tokens or default, metrics).score
+    service = Service(name or Path(model).name, checkpoint, load, score, metrics, max_queue)
+    return RewardServer(create_app(service, keys, limits), service, limits)
 
 
 def bind(host: str, port: int, *, protected: bool) -> socket.socket:
@@ -71,9 +145,8 @@ async def serve(
     *,
     drain_seconds: float,
     read_seconds: float,
-    prepare: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
-    """Serve until a signal ends it.
+    """Prove the servers of a gateway, then serve until a signal ends it.
 
     Args:
         app: The application.
@@ -81,7 +154,9 @@ async def serve(
         listener: From `bind`.
         drain_seconds: Most time for requests that are in flight when a signal comes.
         read_seconds: Most time for a request to arrive.
-        prepare: Awaited before the first request is accepted.
+
+    Raises:
+        EngineError: A server behind the gateway does not give the checkpoint's rewards, or none can be reached.
     """
     config = uvicorn.Config(
         app,
@@ -96,24 +171,23 @@ async def serve(
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )
     server = _Server(config, service, drain_seconds)
-    if prepare is not None:
-        await prepare()
-    with suppress(NotImplementedError):  # no SIGHUP on Windows
+    await service.checkpoint.connect()
+    with suppress(NotImplementedError, RuntimeError):  # there is no SIGHUP on Windows, and no signal in other threads
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.start_reload)
     await server.serve([listener])
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server with other ideas about signals."""
+    """uvicorn's server with other answers to signals."""
 
     def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float) -> None:
         super().__init__(config)
         self.service, self.drain_seconds = service, drain_seconds
-        self._deadline: float | None = None
+        self._drain: asyncio.Task[None] | None = None
         self._reload: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Say where, once it is true."""
+        """Start to listen, and log the address."""
         await super().startup(sockets)
         for listener in sockets or []:
             host, port = listener.getsockname()[:2]
@@ -125,17 +199,19 @@ class _Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         self.service.draining = True
-        self._deadline = time.monotonic() + self.drain_seconds - CLOSING_SECONDS
         log.info("shutting down: %d inputs are in flight", self.service.in_flight)
+        asyncio.get_running_loop().call_soon_threadsafe(self._start_drain)
 
-    async def on_tick(self, counter: int) -> bool:
-        """Called by uvicorn ten times a second; says whether to end."""
-        if self._deadline is not None and not self.should_exit:
-            late = time.monotonic() > self._deadline
-            if late:
-                log.error("%d inputs are given up after %g s", self.service.in_flight, self.drain_seconds)
-            self.should_exit = late or self.service.idle
-        return await super().on_tick(counter)
+    def _start_drain(self) -> None:
+        self._drain = asyncio.create_task(self._end_when_idle())
+
+    async def _end_when_idle(self) -> None:
+        deadline = time.monotonic() + self.drain_seconds - CLOSING_SECONDS
+        while not self.service.idle and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        if not self.service.idle:
+            log.error("%d inputs are given up after %g s", self.service.in_flight, self.drain_seconds)
+        self.should_exit = True
 
     def start_reload(self) -> None:
         """Load the checkpoint again, in the background."""
