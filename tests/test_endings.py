@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar.core.endings import END_TOKENS, without_end
+from polar.core.text import END_TOKENS, without_end
 
 GLM, GEMMA, SEED, COHERE = "<|user|>", "<turn|>", "<seed:eos>", "<|END_OF_TURN_TOKEN|>"
 

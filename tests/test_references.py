@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar.core.records import Group
-from polar.core.references import AGGREGATES, Aggregate, aggregated, groups_of
+from polar.core.records import AGGREGATES, Aggregate, Group, aggregated, groups_of
 
 REWARD = st.floats(-50, 50)
 REWARDS = st.integers(1, 4).flatmap(

@@ -6,7 +6,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from polar import Comparison, Group, InputError, Message, Template, TemplateSettings
-from polar.core.template import CHECKPOINT_FILE
+from polar.core.checkpoint import CHECKPOINT_FILE
 from polar.training.init_model import SCORE, SPLIT
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)

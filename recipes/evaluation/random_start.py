@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
 
-from polar.model.files import checkpoint_directory
+from polar.core.checkpoint import checkpoint_directory
 from polar.model.reward_model import RewardModel
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from polar.core.references import groups_of
+from polar.core.records import groups_of
 from polar.data.readers import convert_rows
 from polar.evaluation.baselines import rouge_l
 from polar.rft.prompts import Task, read_task

@@ -5,15 +5,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from polar.core.checkpoint import BUNDLED_MODEL
 from polar.core.errors import InputError
 from polar.core.records import Comparison, Group, Message, Preference, Trajectory, Triple
-from polar.core.template import BUNDLED_MODEL, EncodedGroup, Template, TemplateSettings
+from polar.core.template import EncodedGroup, Template, TemplateSettings
 from polar.core.version import __version__
 
 if TYPE_CHECKING:
     from polar.client.client import AsyncRewardModelClient
-    from polar.client.errors import RewardError
     from polar.client.sync import RewardModelClient
+    from polar.core.errors import RewardError
     from polar.model.reward_model import RewardModel
 
 __all__ = [

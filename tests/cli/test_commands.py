@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from polar.cli.main import COMMANDS, main
-from polar.core.references import Aggregate, aggregated
+from polar.core.records import Aggregate, aggregated
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 

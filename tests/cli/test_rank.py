@@ -8,7 +8,7 @@ import pytest
 from polar import Group, RewardModel
 from polar.cli.main import main
 from polar.cli.rank import Counts, Limits, _kept
-from polar.model.calibration import Calibration
+from polar.core.checkpoint import Calibration
 
 ANSWERS = ["It is Beijing.", "Shanghai.", "I do not know.", "北京", ""]
 

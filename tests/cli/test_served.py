@@ -7,7 +7,7 @@ import pytest
 
 from polar import RewardModel
 from polar.cli.main import main
-from polar.model.calibration import Calibration
+from polar.core.checkpoint import Calibration
 from tests.client.fakes import Fake, Ids, Reply, rewards_of
 
 ROWS = [

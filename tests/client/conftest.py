@@ -9,7 +9,7 @@ import pytest
 
 from polar import Comparison, Template
 from polar.client import servers
-from polar.client.probe import Probe
+from polar.core.checkpoint import Probe
 from tests.client.fakes import reward
 
 INPUTS = [

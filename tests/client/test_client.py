@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from polar import AsyncRewardModelClient, Comparison, Group, InputError, RewardError, Template
-from polar.client.errors import EngineError
 from polar.client.servers import Limits, parse_addresses
-from polar.core.template import CHECKPOINT_FILE
+from polar.core.checkpoint import CHECKPOINT_FILE
+from polar.core.errors import EngineError
 from tests.client import fakes
 from tests.client.fakes import ROUTES, Fake, Ids, Reply, reward, sigmoid
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from polar.client.engines import ENGINES, FAMILIES, NonsenseError, ways_to_ask
-from polar.client.errors import EngineError
+from polar.core.errors import EngineError
 from tests.client import fakes
 from tests.client.fakes import reward
 

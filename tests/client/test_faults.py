@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from polar import AsyncRewardModelClient, RewardError, Template
-from polar.client.errors import EngineError
 from polar.client.servers import Limits
+from polar.core.errors import EngineError
 from tests.client import fakes
 from tests.client.fakes import Fake, Ids, Reply, reward, sigmoid
 from tests.client.test_client import COMPARISONS

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForSequenceC
 from polar import AsyncRewardModelClient, Comparison, RewardModel, RewardModelClient
 from polar.cli.main import main
 from polar.cli.parity import _groups
-from polar.client.errors import EngineError, RewardError
+from polar.core.errors import EngineError, RewardError
 from tests.corpus.engines.test_peers import running
 
 PYTHON = os.environ.get("POLAR_VLLM_PYTHON", sys.executable if find_spec("vllm") else "")

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from polar.client.probe import Probe, diagnose, read_probes
+from polar.client.probe import diagnose
+from polar.core.checkpoint import CHECKPOINT_FILE, Probe, read_probes
 from polar.core.errors import InputError
-from polar.core.template import CHECKPOINT_FILE
 
 PROBES = [
     Probe([1, 5, 3], "a", 0.42, -0.96, 0.49),

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from polar import Comparison, Group, InputError, RewardModel
 from polar.cli.main import main
-from polar.core.template import read_checkpoint_file
-from polar.model.calibration import Calibration, Sample, calibrate, fit_temperature, read_samples, scaling
+from polar.core.checkpoint import Calibration, read_checkpoint_file, scaling
+from polar.model.calibration import Sample, calibrate, fit_temperature, read_samples
 from polar.model.export import export
 from polar.serving.checkpoint import Loading, load_checkpoint
 from polar.training.config import FinetuneConfig

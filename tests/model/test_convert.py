@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from polar.cli.convert import convert as convert_command
+from polar.core.checkpoint import read_checkpoint_file
 from polar.core.errors import InputError
 from polar.core.records import Comparison, Message
-from polar.core.template import Template, TemplateSettings, read_checkpoint_file, seed_text
+from polar.core.template import Template, TemplateSettings, seed_text
 from polar.model import internlm2
 from polar.model.files import read_shard
 from polar.model.internlm2 import SOURCE_FILES, convert

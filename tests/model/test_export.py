@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PretrainedConfig, Qwen2Config, Qwen2Mode
 
 from polar import BUNDLED_MODEL, Comparison, InputError, RewardModel, Template
 from polar.cli.main import main
-from polar.core.template import read_checkpoint_file
+from polar.core.checkpoint import read_checkpoint_file
 from polar.model import export as exporting
 from polar.model.export import AUTO_MAP, export
 from polar.model.internlm2 import convert

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from polar import BUNDLED_MODEL, RewardModel, Template
-from polar.client.probe import Probe, diagnose, read_probes
-from polar.core.template import CHECKPOINT_FILE
+from polar.client.probe import diagnose
+from polar.core.checkpoint import CHECKPOINT_FILE, Probe, read_probes
 from polar.model.export import export
 from polar.model.internlm2 import convert
 from polar.model.probes import COMPARISONS, write_probes

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from polar import Comparison, Group, InputError, RewardModel, Template
-from polar.core.template import CHECKPOINT_FILE, EncodedGroup
+from polar.core.checkpoint import CHECKPOINT_FILE
+from polar.core.template import EncodedGroup
 from polar.model.files import put_in_place
 from polar.model.tree import rewards, tree_batch
 from tests.conftest import build_model

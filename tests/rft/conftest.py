@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from polar.core.template import CHECKPOINT_FILE
+from polar.core.checkpoint import CHECKPOINT_FILE
 from polar.rft import reward
 from tests.client.conftest import served, short_pauses  # noqa: F401
 from tests.client.fakes import Fake

@@ -20,7 +20,7 @@ import pytest
 import uvicorn
 
 from polar import Comparison, InputError, RewardModel, Template
-from polar.client.errors import EngineError
+from polar.core.errors import EngineError
 from polar.rft.reward import reward_for
 from polar.rft.sample import Sample
 from polar.serving.app import create_app

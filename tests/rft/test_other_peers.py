@@ -16,7 +16,7 @@ import torch
 
 import polar.rft.openrlhf
 from polar import Comparison, Message, RewardModel
-from polar.core.template import BUNDLED_MODEL
+from polar.core.checkpoint import BUNDLED_MODEL
 from polar.data.formats import label_of
 from tests.serving.serving import Process, serving
 

@@ -18,7 +18,7 @@ import pytest
 
 from polar import Comparison, Message, RewardError, RewardModel
 from polar.cli.main import main
-from polar.core.template import BUNDLED_MODEL
+from polar.core.checkpoint import BUNDLED_MODEL
 from polar.rft.prompts import BOXED
 from tests.serving.serving import Process, serving
 

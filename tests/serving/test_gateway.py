@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from polar import Comparison, InputError, Template
-from polar.client.errors import EngineError
-from polar.client.probe import Probe
+from polar.core.checkpoint import Probe
+from polar.core.errors import EngineError
 from polar.serving.app import create_app
 from polar.serving.checkpoint import Checkpoint
 from polar.serving.errors import RefusalError

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from polar import Group, Message, RewardModel
 from polar.core.errors import InputError
-from polar.core.references import Aggregate, aggregated
+from polar.core.records import Aggregate, aggregated
 from polar.serving.checkpoint import Calibration, load_checkpoint
 from tests.serving.serving import CPU, nano, post, service
 

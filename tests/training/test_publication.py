@@ -12,7 +12,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from polar import InputError, RewardModel
-from polar.core.template import CHECKPOINT_FILE, read_checkpoint_file
+from polar.core.checkpoint import CHECKPOINT_FILE, read_checkpoint_file
 from polar.model.files import own_files
 from polar.model.weights import weights_hash
 from polar.training import run

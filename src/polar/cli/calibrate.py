@@ -17,12 +17,11 @@ from polar.cli.models import Model, open_model
 from polar.cli.progress import progress_bar
 from polar.cli.score import WINDOW
 from polar.client.engines import ServerType
+from polar.core.checkpoint import CHECKPOINT_FILE, Calibration, checkpoint_directory
 from polar.core.files import require_new
-from polar.core.template import CHECKPOINT_FILE
 from polar.data.readers import OnBadRow, ReadReport
 from polar.model import calibration as calibrating
-from polar.model.calibration import Calibration, Sample, read_samples
-from polar.model.files import checkpoint_directory
+from polar.model.calibration import Sample, read_samples
 
 FEW_PAIRS = 200
 """With fewer, the temperature is a guess."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from polar.core.checkpoint import local_directory
 from polar.core.files import require_new
 from polar.model import internlm2
 from polar.model.adapters import ADAPTER_CONFIG, is_adapter
-from polar.model.files import local_directory
 from polar.model.reward_model import RewardModel
 
 

@@ -18,9 +18,9 @@ from polar.cli.evaluation_tables import show
 from polar.cli.models import Model, open_model
 from polar.cli.progress import progress_bar
 from polar.client.engines import ServerType
+from polar.core.checkpoint import BUNDLED_NAME
 from polar.core.errors import InputError
 from polar.core.files import write_json
-from polar.core.template import BUNDLED_NAME
 from polar.core.version import __version__
 from polar.data.readers import OnBadRow
 from polar.evaluation.baselines import baselines, library_versions

@@ -7,13 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from polar.client.client import served_directory
 from polar.client.engines import ServerType
-from polar.client.errors import RewardError
 from polar.client.sync import RewardModelClient
-from polar.core.errors import InputError
+from polar.core.checkpoint import Calibration, read_calibration, served_directory
+from polar.core.errors import InputError, RewardError
 from polar.core.template import Compat, Template
-from polar.model.calibration import Calibration, read_calibration
 from polar.model.reward_model import RewardModel
 
 

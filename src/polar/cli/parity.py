@@ -18,12 +18,11 @@ from scipy.stats import kendalltau, spearmanr
 from polar.cli.progress import progress_bar
 from polar.client.client import AsyncRewardModelClient
 from polar.client.engines import ServerType
-from polar.client.errors import EngineError, RewardError
 from polar.client.servers import Limits
-from polar.core.errors import InputError
+from polar.core.checkpoint import BUNDLED_NAME
+from polar.core.errors import EngineError, InputError, RewardError
 from polar.core.files import write_json
 from polar.core.records import Group
-from polar.core.template import BUNDLED_NAME
 from polar.core.version import __version__
 from polar.data.readers import read_groups, read_triples
 from polar.model.reward_model import RewardModel

@@ -18,14 +18,13 @@ from polar.cli.models import Model, open_model
 from polar.cli.progress import progress_bar
 from polar.cli.score import WINDOW, Verbatim
 from polar.client.engines import ServerType
+from polar.core.checkpoint import BUNDLED_NAME, scaling
 from polar.core.errors import InputError
 from polar.core.records import Group, text_of
-from polar.core.template import BUNDLED_NAME
 from polar.data import formats
 from polar.data.fields import Row, as_text
 from polar.data.readers import OnBadRow, ReadReport, convert_rows
 from polar.data.writers import open_writer
-from polar.model.calibration import scaling
 
 ADDED = ("rank", "reward", "zscore", "candidate")
 """The fields that a result has beside those of its row."""

@@ -16,13 +16,12 @@ from rich.text import Text as Cell
 from polar.cli.models import Model, open_model
 from polar.cli.progress import progress_bar
 from polar.client.engines import ServerType
+from polar.core.checkpoint import BUNDLED_NAME, Scale, scaling, with_reference
 from polar.core.errors import InputError
-from polar.core.records import Group, text_of
-from polar.core.references import Aggregate, aggregated, groups_of
-from polar.core.template import BUNDLED_NAME, Compat, EncodedGroup
+from polar.core.records import Aggregate, Group, aggregated, groups_of, text_of
+from polar.core.template import Compat, EncodedGroup
 from polar.data.readers import ReadReport, read_groups_by_reference
 from polar.data.writers import open_writer
-from polar.model.calibration import Scale, scaling, with_reference
 
 WINDOW = 256
 """Groups that are read, scored and written at a time, so that memory stays flat."""

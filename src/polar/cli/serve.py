@@ -9,8 +9,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from polar.core.checkpoint import BUNDLED_NAME
 from polar.core.errors import InputError
-from polar.core.template import BUNDLED_NAME, Compat
+from polar.core.template import Compat
 
 
 def serve(

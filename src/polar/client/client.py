@@ -12,13 +12,13 @@ from typing import Self, cast
 
 from polar.client.batching import Gatherer, batches
 from polar.client.engines import Answer, ServerType, ways_to_ask
-from polar.client.errors import EngineError, RewardError
-from polar.client.probe import diagnose, read_probes
+from polar.client.probe import diagnose
 from polar.client.servers import Limits, Server, open_server, parse_addresses, server_key
 from polar.client.transport import ABOUT_ITEMS, NO_SUCH_PATH, RefusedError, Transport
-from polar.core.errors import InputError
+from polar.core.checkpoint import BUNDLED_NAME, read_probes, served_directory
+from polar.core.errors import EngineError, InputError, RewardError
 from polar.core.records import Comparison, Group
-from polar.core.template import BUNDLED_MODEL, BUNDLED_NAME, Compat, EncodedGroup, Template
+from polar.core.template import Compat, EncodedGroup, Template
 from polar.data import formats
 from polar.data.formats import Item
 
@@ -258,21 +258,6 @@ class AsyncRewardModelClient:
                 raise EngineError(f"{reason} (the checkpoint here: {self._path})")
             server.engine = engine
             return
-
-
-def served_directory(path: str | Path) -> Path:
-    """The directory of the checkpoint that is served; see `AsyncRewardModelClient`.
-
-    Raises:
-        InputError: there is none.
-    """
-    directory = BUNDLED_MODEL if str(path) == BUNDLED_NAME else Path(str(path)).expanduser()
-    if not directory.is_dir():
-        raise InputError(
-            f"{path}: no such directory; expected the checkpoint that is served (`polar convert` makes one of an "
-            f"official POLAR model), or {BUNDLED_NAME}"
-        )
-    return directory
 
 
 def _complete(answers: Sequence[Answer]) -> list[float]:

@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from polar.client.errors import EngineError
+from polar.core.errors import EngineError
 
 ServerType = Literal["auto", "polar", "vllm", "vllm-pooling", "sglang", "sglang-embeddings", "lmdeploy"]
 

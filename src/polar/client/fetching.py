@@ -12,11 +12,11 @@ from typing import Any
 
 import httpx2
 
-from polar.client.errors import EngineError
 from polar.client.servers import connection, parse_addresses, pause, server_key
 from polar.client.transport import MOST_BYTES, NO_SUCH_PATH, QUESTION
+from polar.core.checkpoint import CHECKPOINT_FILE
+from polar.core.errors import EngineError
 from polar.core.http import error_message, one_line, parse_json
-from polar.core.template import CHECKPOINT_FILE
 
 log = logging.getLogger(__name__)
 

@@ -17,12 +17,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from polar.client.engines import Answer
-from polar.core.errors import InputError
-from polar.core.template import CHECKPOINT_FILE, read_checkpoint_file
+from polar.core.checkpoint import Probe
 
 log = logging.getLogger(__name__)
 
@@ -32,42 +29,6 @@ REDUCED = 0.1
 """In units of the distance between the probes' rewards, for engines that compute in half precision."""
 SAME = 1e-4
 """How equal the differences of all probes must be to be taken for one constant."""
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """One input whose reward is known."""
-
-    ids: list[int]
-    text: str
-    """The same as text, for people: an engine's tokenizer turns it into `ids`, with BOS if there is one."""
-    reward: float
-    """In float32."""
-    without_score_token: float
-    """What comes out when the last token is cut off."""
-    with_bos: float | None
-    """What comes out when a BOS is put in front (once more); None when the model has none."""
-
-
-def read_probes(directory: Path) -> list[Probe]:
-    """The probes of a checkpoint; none in checkpoints that were made without.
-
-    Raises:
-        InputError: they are not what `polar.model.probes` writes.
-    """
-    entries = read_checkpoint_file(directory).get("probes", [])
-    try:
-        probes = [Probe(**entry) for entry in entries]
-        sound = all(
-            probe.ids and math.isfinite(probe.reward) and math.isfinite(probe.without_score_token) for probe in probes
-        )
-    except TypeError:
-        sound = False
-    if not sound:
-        raise InputError(
-            f'{directory / CHECKPOINT_FILE}: "probes" is damaged; load the model with RewardModel and save it again'
-        )
-    return probes
 
 
 def diagnose(probes: Sequence[Probe], answers: Sequence[Answer]) -> str | None:

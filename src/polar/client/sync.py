@@ -14,9 +14,10 @@ from typing import Any, Literal, Self, TypeVar
 from polar.client.client import AsyncRewardModelClient
 from polar.client.engines import ServerType
 from polar.client.servers import Limits
+from polar.core.checkpoint import BUNDLED_NAME
 from polar.core.errors import InputError
 from polar.core.records import Comparison, Group
-from polar.core.template import BUNDLED_NAME, Compat, EncodedGroup, seed_text
+from polar.core.template import Compat, EncodedGroup, seed_text
 from polar.data.formats import Item, comparisons
 
 Result = TypeVar("Result")

@@ -20,8 +20,8 @@ from typing import Any
 import httpx2
 
 from polar.client.engines import Answer, Engine, NonsenseError
-from polar.client.errors import EngineError
 from polar.client.servers import Limits, Server, pause
+from polar.core.errors import EngineError
 from polar.core.http import CHECKPOINT_HEADER, error_message, one_line, parse_json, read_content, retry_after
 
 log = logging.getLogger(__name__)

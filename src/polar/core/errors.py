@@ -27,3 +27,9 @@ def first_mistake(error: ValidationError) -> str:
     message = " ".join(mistakes[0]["msg"].removeprefix("Value error, ").split())
     more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
     return f"{place}: {message}{more}" if place else f"{message}{more}"
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of an error's message, or its type when it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

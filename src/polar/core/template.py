@@ -26,19 +26,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, Literal
+from typing import Literal
 
 from tokenizers import Tokenizer
 
+from polar.core.checkpoint import CHECKPOINT_FILE, read_checkpoint_file
 from polar.core.errors import InputError
 from polar.core.records import Comparison, Group, Text, Wrapper, text_of
-
-CHECKPOINT_FILE = "polar.json"
-"""Our own file in a checkpoint directory: template, calibration, probes, provenance."""
-
-BUNDLED_NAME = "polar-nano"
-BUNDLED_MODEL = Path(__file__).parents[1] / "checkpoints" / BUNDLED_NAME
-"""Directory of the small reward model that ships with the package."""
 
 Compat = Literal["seed"]
 
@@ -231,27 +225,6 @@ class Template:
             sequences.append(bos + ids)
             truncations.append(truncation)
         return EncodedGroup(prefix=[], branches=sequences, truncations=truncations)
-
-
-def read_checkpoint_file(directory: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint's `polar.json`.
-
-    Raises:
-        InputError: the file is missing or is not a JSON object.
-    """
-    path = Path(directory) / CHECKPOINT_FILE
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{directory}: no {CHECKPOINT_FILE}, so the input format is unknown; convert an official POLAR checkpoint "
-            "with `polar convert`, or train one with `polar pretrain` or `polar finetune`"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
 
 
 def require_unicode(text: str, where: str) -> None:

@@ -25,8 +25,7 @@ from itertools import combinations, product
 from typing import Any
 
 from polar.core.errors import InputError
-from polar.core.records import Comparison, Group, Message, Preference, Text, Trajectory, Triple, Wrapper
-from polar.core.references import groups_of
+from polar.core.records import Comparison, Group, Message, Preference, Text, Trajectory, Triple, Wrapper, groups_of
 from polar.data.dialogues import HH_TURN, Dialogue, has_question, split, transcript
 from polar.data.fields import (
     TEXT,

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from polar.core.errors import InputError, first_mistake
 from polar.core.files import write_text
-from polar.core.references import Aggregate
+from polar.core.records import Aggregate
 from polar.core.template import Template
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def model_facts(name: str, template: Template, model: RewardModel | None, engine
         model: None where servers have it.
         engine: What serves it then.
     """
-    from polar.model.files import checkpoint_directory  # needs torch, which reading a manifest does not
+    from polar.core.checkpoint import checkpoint_directory
     from polar.model.weights import weights_hash
 
     directory = checkpoint_directory(name)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from polar.core.errors import InputError
 from polar.core.metrics import FEW_CLUSTERS, Estimate
-from polar.core.references import AGGREGATES
+from polar.core.records import AGGREGATES
 from polar.evaluation.analysis import (
     Comparison,
     Diagnosis,

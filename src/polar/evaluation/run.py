@@ -10,8 +10,7 @@ from typing import Protocol
 
 from polar.core.errors import InputError
 from polar.core.files import on_disk
-from polar.core.records import Group, text_of
-from polar.core.references import aggregated
+from polar.core.records import Group, aggregated, text_of
 from polar.core.template import Template
 from polar.data.readers import OnBadRow, ReadReport
 from polar.evaluation.baselines import Scorer

@@ -28,7 +28,7 @@ import yaml
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from polar.core.errors import InputError, first_mistake
-from polar.core.references import Aggregate
+from polar.core.records import Aggregate
 from polar.evaluation.manifest import Task
 from polar.evaluation.perturbations import Perturbation
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from polar.core.metrics import Estimate, area_under_curve, clustered_mean, ordered_shares, outcomes, paired_difference
-from polar.core.references import AGGREGATES, aggregated
+from polar.core.records import AGGREGATES, aggregated
 from polar.evaluation.analysis import MISTAKES, Diagnosis, Draws, Point, WrongPair, curve, diagnose, wrong_pairs
 from polar.evaluation.columns import Collected, Numbers, Outcomes, Part, chunks, prompt_name
 from polar.evaluation.manifest import TASKS, Manifest, Task, read_manifest

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polar.core.errors import InputError
+from polar.core.errors import InputError, reason
 from polar.core.template import EncodedGroup
 from polar.model.attention import TREE_ATTENTION
-from polar.model.files import reason
 from polar.model.last_layer import add_hooks
 from polar.model.tree import row_states, separate_states, tree_batch
 

@@ -1,66 +1,34 @@
-"""The scale of a checkpoint's rewards: where they lie on reference data, and what a margin says about preferences.
+"""Measuring the scale of a checkpoint's rewards on reference data.
 
 Bradley-Terry training only sees differences between rewards of one prompt and reference, so zero and unit of the raw
 reward mean nothing by themselves and differ between checkpoints. A calibration measures them: mean and standard
 deviation for z-scores, and the temperature T that makes sigmoid(margin / T) the probability that the better one of two
 answers wins (temperature scaling: Guo et al. 2017, arXiv 1706.04599, section 4.2, here with one logit, the margin).
-It stands in `polar.json` under "calibration"; the weights stay as they are.
+The weights stay as they are; `polar.core.checkpoint` keeps the result and applies it.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from polar.core.errors import InputError, first_mistake
-from polar.core.files import new_directory, on_disk, write_json
+from polar.core.checkpoint import BUNDLED_NAME, Calibration, save_calibration
+from polar.core.errors import InputError
+from polar.core.files import new_directory, on_disk
 from polar.core.records import Group, Preference
-from polar.core.template import BUNDLED_NAME, CHECKPOINT_FILE, read_checkpoint_file
 from polar.data import formats
 from polar.data.fields import Row
 from polar.data.readers import OnBadRow, ReadReport, rows
 
-Scale = Literal["raw", "zscore", "probability"]
-"""raw: the reward. zscore: (reward - mean) / std. probability: that the answer would be preferred to the reference."""
-
 LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 """Of the quantiles."""
-
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(allow_inf_nan=False, gt=0)]
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """Rewards of one checkpoint on reference data. Only mean and std are needed, so that one can be written by hand."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
-
-    mean: Finite
-    std: Positive
-    count: int | None = None
-    """Rewards that were measured."""
-    quantiles: dict[str, Finite] = field(default_factory=dict)
-    """Reward by level, from "0.01" to "0.99"."""
-    temperature: Positive | None = None
-    """None: no pairs were given, or none can be fitted (`fit_temperature`); probabilities then take 1."""
-    pairs: int = 0
-    """Pairs of a better and a worse answer behind the temperature."""
-    accuracy: Finite | None = None
-    """Share of the pairs whose better answer has the higher reward, ties counted one half."""
-    data: list[str] = field(default_factory=list)
-    """Names of the files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,51 +38,6 @@ class Sample:
     group: Group
     ranked: bool
     """The candidates stand in order, best first, so that each two of them are a pair."""
-
-
-def read_calibration(directory: Path) -> Calibration | None:
-    """The calibration in the `polar.json` of a checkpoint, if there is one.
-
-    Raises:
-        InputError: what stands there is none.
-    """
-    values = read_checkpoint_file(directory).get("calibration")
-    if values is None:
-        return None
-    try:
-        return TypeAdapter(Calibration).validate_json(json.dumps(values))
-    except ValidationError as error:
-        raise InputError(
-            f'{directory / CHECKPOINT_FILE}: calibration: expected {{"mean": a number, "std": a positive number, ...}} '
-            f"as `polar calibrate` writes it; {first_mistake(error)}"
-        ) from error
-
-
-def scaling(scale: Scale, calibration: Calibration | None) -> Callable[[Sequence[float]], list[float]]:
-    """The function from the raw rewards of a group to another scale.
-
-    For "probability" the last candidate is the reference itself (`with_reference`), and it is left out of the result.
-
-    Raises:
-        InputError: z-scores of a checkpoint without calibration.
-    """
-    if scale == "raw":
-        return list
-    if scale == "zscore":
-        if calibration is None:
-            raise InputError(
-                "z-scores need the mean and the standard deviation of the checkpoint's rewards, which its "
-                f'{CHECKPOINT_FILE} does not have ("calibration"); run `polar calibrate MODEL --data FILE` first'
-            )
-        mean, std = calibration.mean, calibration.std
-        return lambda rewards: [(reward - mean) / std for reward in rewards]
-    temperature = 1.0 if calibration is None or calibration.temperature is None else calibration.temperature
-    return lambda rewards: [_sigmoid((reward - rewards[-1]) / temperature) for reward in rewards[:-1]]
-
-
-def with_reference(group: Group) -> Group:
-    """The group with its reference as one more candidate, so that it shares the truncation of the others."""
-    return replace(group, candidates=(*group.candidates, group.reference))
 
 
 def read_samples(
@@ -212,16 +135,6 @@ def fit_temperature(margins: npt.NDArray[np.float64]) -> float | None:
     return 1 / float(brentq(slope, 0, high, xtol=1e-12 / unit, rtol=1e-12))
 
 
-def save_calibration(directory: Path, calibration: Calibration) -> None:
-    """Put a calibration into a checkpoint's `polar.json`, which is replaced in one step; nothing else is touched.
-
-    Raises:
-        InputError: there is no checkpoint, or it cannot be written.
-    """
-    content = {**read_checkpoint_file(directory), "calibration": asdict(calibration)}
-    write_json(directory / CHECKPOINT_FILE, content)
-
-
 def save_calibrated_copy(source: Path, target: Path, calibration: Calibration) -> None:
     """Copy the files of a checkpoint, and calibrate the copy; it appears complete or not at all.
 
@@ -239,8 +152,3 @@ def require_own(model: str) -> None:
     """Raise an `InputError` for the bundled model and for hub names, which are not ours to write to."""
     if model == BUNDLED_NAME or not Path(model).expanduser().is_dir():
         raise InputError(f"{model}: not a directory of yours; give --output DIR for a calibrated copy")
-
-
-def _sigmoid(value: float) -> float:
-    """Without overflow on either side."""
-    return 1 / (1 + math.exp(-value)) if value >= 0 else math.exp(value) / (1 + math.exp(value))

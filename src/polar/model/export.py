@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from polar.core.errors import InputError
+from polar.core.checkpoint import checkpoint_directory, read_checkpoint_file
+from polar.core.errors import InputError, reason
 from polar.core.files import new_directory, require_new
-from polar.core.template import Template, read_checkpoint_file
+from polar.core.template import Template
 from polar.core.version import __version__
-from polar.model.files import checkpoint_directory, find_shards, read_json, reason, write_json
+from polar.model.files import find_shards, read_json, write_json
 from polar.model.internlm2_layout import COUNTS, LAYER_NAMES, OUTER_NAMES, REWARD_MODEL, source_shapes
 
 Engine = Literal["xtuner", "lmdeploy"]

@@ -1,11 +1,11 @@
-"""The files of a Hugging Face checkpoint: where they are, JSON, weights, and how a new one takes its place."""
+"""The files of a Hugging Face checkpoint: JSON, weights, and how a new checkpoint replaces an older one."""
 
 from __future__ import annotations
 
 import json
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from polar.core.errors import InputError
-from polar.core.template import BUNDLED_MODEL, BUNDLED_NAME, CHECKPOINT_FILE
+from polar.core.checkpoint import CHECKPOINT_FILE
+from polar.core.errors import InputError, reason
 
 OWN_FILES = (
     CHECKPOINT_FILE,
@@ -33,35 +33,6 @@ OWN_FILES = (
     "additional_chat_templates",
 )
 """What a checkpoint may consist of. Whatever else stands in its directory is not ours."""
-
-
-def checkpoint_directory(path_or_hub_id: str | Path) -> Path:
-    """The local directory of a checkpoint; a hub name is downloaded (safetensors and JSON only).
-
-    Errors as in `local_directory`.
-    """
-    if str(path_or_hub_id) == BUNDLED_NAME:
-        return BUNDLED_MODEL
-    return local_directory(path_or_hub_id, ["*.safetensors", "*.json"])
-
-
-def local_directory(source: str | Path, patterns: Sequence[str]) -> Path:
-    """The directory of a checkpoint; of a hub name, the files that match `patterns` are downloaded.
-
-    Raises:
-        InputError: there is no such directory, and the hub does not give the files.
-    """
-    path = Path(str(source)).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "~", "/")):
-        raise InputError(f"{source}: no such checkpoint directory; expected a directory or a hub name like owner/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
-    except Exception as error:  # of the hub, of HTTP or of the disk: in each case the files cannot be had
-        raise InputError(f"{source}: neither a directory nor a model that the hub gives ({reason(error)})") from error
 
 
 def find_shards(directory: Path) -> list[Path]:
@@ -149,9 +120,3 @@ def put_in_place(written: Path, target: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in sorted(written.iterdir(), key=lambda path: (path.name == CHECKPOINT_FILE, path.name)):
         path.replace(target / path.name)
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error's message, or its type when it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

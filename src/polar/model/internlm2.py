@@ -18,11 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from polar.core.checkpoint import CHECKPOINT_FILE, local_directory
 from polar.core.errors import InputError
 from polar.core.files import new_directory, require_new
-from polar.core.template import CHECKPOINT_FILE, Template, TemplateSettings
+from polar.core.template import Template, TemplateSettings
 from polar.core.version import __version__
-from polar.model.files import find_shards, local_directory, read_json, read_shard, write_json
+from polar.model.files import find_shards, read_json, read_shard, write_json
 from polar.model.internlm2_layout import BASE_MODEL, map_config, map_tensor, source_shapes
 from polar.model.probes import write_probes
 from polar.model.sentencepiece import SentencePieceModel, build_tokenizer, read_model, token_content

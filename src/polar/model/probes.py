@@ -21,11 +21,12 @@ from torch.nn.functional import embedding, linear
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from polar.client.probe import Probe
+from polar.core.checkpoint import CHECKPOINT_FILE, Probe, read_checkpoint_file
+from polar.core.errors import reason
 from polar.core.records import Comparison
-from polar.core.template import CHECKPOINT_FILE, EncodedGroup, Template, read_checkpoint_file
+from polar.core.template import EncodedGroup, Template
 from polar.model.backbone import prepare
-from polar.model.files import find_shards, reason
+from polar.model.files import find_shards
 from polar.model.tree import rewards, tree_batch
 
 log = logging.getLogger(__name__)

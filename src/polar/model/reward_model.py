@@ -18,15 +18,25 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from polar.core.errors import InputError
+from polar.core.checkpoint import (
+    BUNDLED_NAME,
+    CHECKPOINT_FILE,
+    Calibration,
+    Scale,
+    checkpoint_directory,
+    read_calibration,
+    read_checkpoint_file,
+    scaling,
+    with_reference,
+)
+from polar.core.errors import InputError, reason
 from polar.core.records import Comparison, Group
-from polar.core.template import BUNDLED_NAME, CHECKPOINT_FILE, Compat, EncodedGroup, Template, read_checkpoint_file
+from polar.core.template import Compat, EncodedGroup, Template
 from polar.data import formats
 from polar.data.formats import Item
 from polar.model.adapters import is_adapter, save_adapter
 from polar.model.backbone import prepare
-from polar.model.calibration import Calibration, Scale, read_calibration, scaling, with_reference
-from polar.model.files import checkpoint_directory, put_in_place, reason
+from polar.model.files import put_in_place
 from polar.model.probes import write_probes
 from polar.model.products import fast_products, onednn_helps
 from polar.model.tree import rewards, row_length, tree_batch
@@ -177,7 +187,7 @@ class RewardModel:
 
         Args:
             comparisons: What to score, also as dictionaries (`formats.Item`); each has its own truncation budget.
-            scale: Of the results; see `polar.model.calibration`.
+            scale: Of the results; see `polar.core.checkpoint.Scale`.
             batch_tokens: Tokens of one forward pass; at most a shared prefix more. Default: 4096 on a CPU, more falls
                 out of its caches; else 16384.
             progress: Called with the number of candidates that were just scored.

@@ -16,9 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from polar.core.endings import without_end
 from polar.core.errors import InputError
-from polar.core.text import opens_thinking
+from polar.core.text import opens_thinking, without_end
 from polar.data.formats import label_fields
 from polar.rft.reward import reward_for
 from polar.rft.sample import Sample, read_sample

@@ -18,14 +18,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from polar.client.client import served_directory
-from polar.client.errors import EngineError, RewardError
 from polar.client.fetching import fetch_checkpoint
 from polar.client.servers import Limits
 from polar.client.sync import RewardModelClient
-from polar.core.records import Comparison
-from polar.core.references import aggregated
-from polar.model.calibration import read_calibration, scaling
+from polar.core.checkpoint import read_calibration, scaling, served_directory
+from polar.core.errors import EngineError, RewardError
+from polar.core.records import Comparison, aggregated
 from polar.rft.sample import Sample, as_scored
 from polar.rft.settings import PREFIX, Settings, read_settings
 

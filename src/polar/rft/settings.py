@@ -11,10 +11,10 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from polar.client.engines import ServerType
+from polar.core.checkpoint import Scale
 from polar.core.errors import InputError
-from polar.core.references import Aggregate
+from polar.core.records import Aggregate
 from polar.core.template import Compat
-from polar.model.calibration import Scale
 from polar.rft.sample import Thinking
 
 PREFIX = "POLAR_REWARD_"

@@ -15,13 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from polar.core.checkpoint import BUNDLED_NAME, Scale
 from polar.core.errors import InputError
-from polar.core.records import Group, Text
-from polar.core.references import Aggregate, aggregated, groups_of
-from polar.core.template import BUNDLED_NAME
+from polar.core.records import Aggregate, Group, Text, aggregated, groups_of
 from polar.core.text import opens_thinking
 from polar.data.fields import Row, as_content
-from polar.model.calibration import Scale
 from polar.model.reward_model import RewardModel
 from polar.rft.reward import Reward, reward_for
 from polar.rft.sample import Sample, Thinking, as_scored, read_sample
@@ -51,7 +49,7 @@ def polar_reward(
         model: A reward model or a checkpoint: a directory, a hub name, or "polar-nano" for the bundled one, which is
             the default. It runs in this process, unless there is a server; then the default is what that has.
         server_address: Where servers of this checkpoint listen: host:port or a URL, or several of them.
-        scale: Of the rewards; see `polar.model.calibration`.
+        scale: Of the rewards; see `polar.core.checkpoint.Scale`.
         aggregate: What becomes of the rewards against several references.
         thinking: What becomes of it in completions and references (`polar.core.text`). Say "opened" if the chat
             template of the policy opens the block itself and prompts are conversations; prompts that are texts show it.

@@ -13,19 +13,19 @@ from typing import Any, cast
 from starlette.responses import JSONResponse
 
 from polar.client.client import AsyncRewardModelClient
+from polar.core.checkpoint import (
+    BUNDLED_MODEL,
+    BUNDLED_NAME,
+    Calibration,
+    checkpoint_directory,
+    local_directory,
+    read_calibration,
+    read_checkpoint_file,
+)
 from polar.core.errors import InputError
 from polar.core.http import CHECKPOINT_HEADER
 from polar.core.records import Comparison
-from polar.core.template import (
-    BUNDLED_MODEL,
-    BUNDLED_NAME,
-    Compat,
-    EncodedGroup,
-    Template,
-    read_checkpoint_file,
-)
-from polar.model.calibration import Calibration, read_calibration
-from polar.model.files import checkpoint_directory, local_directory
+from polar.core.template import Compat, EncodedGroup, Template
 from polar.model.reward_model import RewardModel
 from polar.model.weights import weights_hash
 from polar.serving.errors import RefusalError
@@ -54,7 +54,7 @@ class Checkpoint:
     vocab_size: int
     calibration: Calibration | None
     probes: list[dict[str, Any]]
-    """See `polar.client.probe`."""
+    """See `polar.core.checkpoint.Probe`."""
     identity: str
     """Sixteen hexadecimal digits of weights, template, tokenizer and probes; replicas have the same."""
     model: RewardModel | None

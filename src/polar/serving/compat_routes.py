@@ -21,8 +21,8 @@ from uuid import uuid4
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
-from polar.core.endings import without_end
 from polar.core.records import Group
+from polar.core.text import without_end
 from polar.serving.checkpoint import Checkpoint
 from polar.serving.errors import RefusalError
 from polar.serving.schemas import (

@@ -11,7 +11,7 @@ from http import HTTPStatus
 
 from starlette.responses import Response
 
-from polar.model.files import reason
+from polar.core.errors import reason
 
 TYPES = {
     400: "BadRequestError",

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from polar.client.client import AsyncRewardModelClient
-from polar.client.errors import EngineError, RewardError
 from polar.client.servers import Limits
+from polar.core.errors import EngineError, RewardError
 from polar.core.template import EncodedGroup
 from polar.serving.checkpoint import Checkpoint, Loading, load_template
 from polar.serving.errors import RefusalError

@@ -22,8 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from polar.core.records import Text, Wrapper
-from polar.core.references import Aggregate
+from polar.core.records import Aggregate, Text, Wrapper
 from polar.data.fields import Row, as_string, as_text, describe
 from polar.data.formats import label_fields
 from polar.serving.checkpoint import Inputs

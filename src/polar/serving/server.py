@@ -26,7 +26,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from polar.core.errors import InputError
-from polar.core.template import BUNDLED_NAME
+from polar.core.checkpoint import BUNDLED_NAME
 from polar.serving.app import create_app
 from polar.serving.batcher import Batcher
 from polar.serving.checkpoint import Loading, load_checkpoint

@@ -18,8 +18,8 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from polar.core.checkpoint import CHECKPOINT_FILE
 from polar.core.errors import InputError, TerminatedError
-from polar.core.template import CHECKPOINT_FILE
 from polar.data.writers import on_disk
 from polar.model.files import own_files
 from polar.training.config import TrainConfig

@@ -19,9 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from polar.core.errors import InputError
+from polar.core.checkpoint import checkpoint_directory
+from polar.core.errors import InputError, reason
 from polar.core.template import Template, TemplateSettings
-from polar.model.files import checkpoint_directory, reason
 from polar.model.reward_model import RewardModel
 from polar.model.weights import load_weights
 

@@ -6,8 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from polar.core.errors import InputError
-from polar.model.files import reason
+from polar.core.errors import InputError, reason
 from polar.model.reward_model import RewardModel
 from polar.training.config import LoraSettings
 

@@ -9,11 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from polar.core.template import CHECKPOINT_FILE, read_checkpoint_file
+from polar.core.checkpoint import CHECKPOINT_FILE, checkpoint_directory, read_checkpoint_file
 from polar.core.version import __version__
 from polar.data.readers import ReadReport
 from polar.data.sources import sources
-from polar.model.files import checkpoint_directory
 from polar.model.weights import weights_hash
 from polar.training.config import PretrainConfig, TrainConfig
 

@@ -16,13 +16,13 @@ import torch
 from accelerate import PartialState
 from tokenizers import Tokenizer
 
+from polar.core.checkpoint import BUNDLED_NAME, CHECKPOINT_FILE, checkpoint_directory
 from polar.core.errors import InputError
 from polar.core.records import Preference, Triple, text_of
-from polar.core.template import BUNDLED_NAME, CHECKPOINT_FILE
 from polar.data.readers import read_preferences, read_triples
 from polar.data.writers import on_disk
 from polar.model.adapters import is_adapter, require_peft
-from polar.model.files import checkpoint_directory, put_in_place
+from polar.model.files import put_in_place
 from polar.model.reward_model import RewardModel
 from polar.training.arguments import training_arguments, uses_bf16
 from polar.training.batches import Collator, Example, examples_from_preferences, examples_from_triples
