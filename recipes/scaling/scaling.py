@@ -28,8 +28,6 @@ from scipy import stats
 
 from polar import InputError, RewardModel
 from polar.core.files import write_json
-from polar.core.checkpoint import CHECKPOINT_FILE
-from polar.core.errors import InputError
 from polar.training.config import PretrainConfig
 from polar.training.init_model import ScratchConfig
 from polar.training.run import pretrain

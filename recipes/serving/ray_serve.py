@@ -11,15 +11,8 @@ from ray import serve
 
 from polar.core.checkpoint import BUNDLED_NAME
 from polar.core.errors import InputError
-from polar.core.checkpoint import BUNDLED_NAME
 from polar.serving import Loading, create_server, parse_keys
 from polar.serving.checkpoint import Checkpoint
-from polar.serving.app import create_app
-from polar.serving.batcher import Batcher
-from polar.serving.checkpoint import Checkpoint, Loading, load_checkpoint
-from polar.serving.metrics import Metrics
-from polar.serving.middleware import parse_keys
-from polar.serving.service import Service
 
 KEYS = "POLAR_API_KEYS"
 

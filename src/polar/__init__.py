@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from polar.core.checkpoint import BUNDLED_MODEL
-from polar.core.errors import InputError
+from polar.core.errors import InputError, RewardError
 from polar.core.records import Comparison, Group, Message, Preference, Trajectory, Triple
 from polar.core.template import EncodedGroup, Template, TemplateSettings
 from polar.core.version import __version__
@@ -38,7 +38,6 @@ __all__ = [
 
 _LAZY = {
     "AsyncRewardModelClient": "polar.client.client",
-    "RewardError": "polar.client.errors",
     "RewardModel": "polar.model.reward_model",
     "RewardModelClient": "polar.client.sync",
 }

@@ -1,7 +1,8 @@
-"""Errors that are not the program's: the input is wrong, or somebody ended it."""
+"""Errors that are not the program's own: wrong input, servers without an answer, a terminated process."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +19,33 @@ class InputError(ValueError):
 
 class TerminatedError(Exception):
     """SIGTERM came and the work was put by; the message says how to go on. The command line exits with code 143."""
+
+
+MAX_FAILURES_SHOWN = 3
+"""In the message of a `RewardError`."""
+
+
+class EngineError(InputError):
+    """No server can be used: its rewards differ from this checkpoint's, or none answers.
+
+    The message is one line: what the server does instead, and which of its flags changes that.
+    """
+
+
+class RewardError(Exception):
+    """Some rewards could not be had; the others are kept.
+
+    Args:
+        rewards: One per input, in order (groups one after the other); None where it failed.
+        failures: Why, by the input's place in `rewards`.
+    """
+
+    def __init__(self, rewards: Sequence[float | None], failures: Mapping[int, str]) -> None:
+        self.rewards: list[float | None] = list(rewards)
+        self.failures: dict[int, str] = dict(failures)
+        shown = [f"input {index}: {reason}" for index, reason in list(self.failures.items())[:MAX_FAILURES_SHOWN]]
+        more = ["..."] if len(self.failures) > MAX_FAILURES_SHOWN else []
+        super().__init__(f"{len(self.failures)} of {len(self.rewards)} rewards failed: {'; '.join([*shown, *more])}")
 
 
 def first_mistake(error: ValidationError) -> str:

@@ -1,4 +1,4 @@
-"""The nouns of the project: plain frozen records that every room uses.
+"""The records that all packages share, and how rewards against several references become one.
 
 A text is either a string or a tuple of chat messages. The input format of the model joins the contents of messages
 with newlines and drops the roles (`polar.core.template`), so `text_of` is all that scoring needs; the messages are kept
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 Wrapper = Literal["sft", "pretrain"]
 """How prompt and response are joined: "sft" puts a newline between them, "pretrain" nothing (the response simply
@@ -134,3 +136,56 @@ class Group:
     candidates: tuple[Text, ...]
     id: str | int | None = None
     wrapper: Wrapper = "sft"
+
+
+# Several references for one prompt: a candidate is scored against each, and the rewards become one.
+# One reference is one of many good answers; with more of them a candidate need not resemble that very one.
+
+Aggregate = Literal["max", "mean", "softmax"]
+"""How the rewards of one candidate against several references become one.
+
+max: the closest reference counts. mean: all count alike. softmax: between the two, the mean weighted by exp(reward), so
+a reference counts more the closer the candidate is to it; on a scale with a small range it is nearly the mean.
+"""
+
+AGGREGATES: tuple[Aggregate, ...] = get_args(Aggregate)
+
+
+def groups_of(
+    prompt: Text,
+    references: Sequence[Text],
+    candidates: tuple[Text, ...],
+    id: str | int | None = None,
+    wrapper: Wrapper = "sft",
+) -> tuple[Group, ...]:
+    """Return one group of all candidates per reference, in their order."""
+    return tuple(Group(prompt, reference, candidates, id, wrapper) for reference in references)
+
+
+def aggregated(rewards: Sequence[Sequence[float]], how: Aggregate) -> list[float]:
+    """Return one reward per candidate.
+
+    Args:
+        rewards: For every reference the rewards of all candidates, as `RewardModel.score_groups` gives them for
+            `groups_of`; all on the scale that is wanted in the end.
+        how: See `Aggregate`.
+
+    Raises:
+        ValueError: There are no references, or they do not have the same candidates.
+    """
+    if not rewards:
+        raise ValueError("expected the rewards against at least one reference")
+    return [_AGGREGATES[how](own) for own in zip(*rewards, strict=True)]
+
+
+def _mean(rewards: Sequence[float]) -> float:
+    return math.fsum(rewards) / len(rewards)
+
+
+def _softmax(rewards: Sequence[float]) -> float:
+    highest = max(rewards)
+    weights = [math.exp(reward - highest) for reward in rewards]
+    return math.fsum(reward * weight for reward, weight in zip(rewards, weights, strict=True)) / math.fsum(weights)
+
+
+_AGGREGATES: dict[Aggregate, Callable[[Sequence[float]], float]] = {"max": max, "mean": _mean, "softmax": _softmax}

@@ -1,4 +1,6 @@
-"""Thinking is not the answer: what a reasoning model writes between <think> and </think> is taken out before scoring.
+"""Parts of a policy's text that are not its answer: thinking, and the tokens that ended it.
+
+What a reasoning model writes between <think> and </think> is removed before scoring.
 
 The same rules hold for the candidate and for the reference, so that answers are compared with answers:
 
@@ -31,7 +33,7 @@ THINK: Tags = ("<think>", "</think>")
 
 
 def strip_thinking(text: Text, *, opened: bool = False, tags: Tags = THINK) -> Text:
-    """The answer in a text, "" if it has none, by the rules of the table above.
+    """Return the answer in a text, "" if it has none, by the rules of the table above.
 
     Args:
         text: A string, or messages; of those the ones of the assistant are stripped, each on its own.
@@ -47,7 +49,7 @@ def strip_thinking(text: Text, *, opened: bool = False, tags: Tags = THINK) -> T
 
 
 def opens_thinking(prompt: str, tags: Tags = THINK) -> bool:
-    """Whether a prompt, as the chat template has rendered it, ends with an open block."""
+    """Return whether a prompt, as the chat template has rendered it, ends with an open block."""
     return prompt.rstrip().endswith(tags[0])
 
 
@@ -63,3 +65,43 @@ def _answer(text: str, opened: bool, tags: Tags) -> str:
     if inside:
         return ""
     return answer.strip() if pieces else answer
+
+
+END_TOKENS = (
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<|eot|>",
+    "<|eom|>",
+    "<|EOT|>",
+    "<|end|>",
+    "<|return|>",
+    "<|endofturn|>",
+    "<|end_of_turn|>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<end_of_turn>",
+    "<turn|>",
+    "<|user|>",
+    "<|observation|>",
+    "<eos>",
+    "<seed:eos>",
+    "</s>",
+    "<｜end▁of▁sentence｜>",
+    "[EOS]",
+)
+"""Of common policies. OpenRLHF leaves them in the text and does not say which its policy has; a reference has none."""
+
+
+def without_end(text: str) -> str:
+    """Remove the tokens that ended a response, be they several, and the white space behind them."""
+    kept = len(text)
+    while True:
+        end = kept
+        while end and text[end - 1].isspace():
+            end -= 1
+        token = next((token for token in END_TOKENS if text.endswith(token, 0, end)), None)
+        if token is None:
+            return text[:kept]
+        kept = end - len(token)

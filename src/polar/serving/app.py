@@ -20,11 +20,11 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from polar.core.checkpoint import scaling, with_reference
 from polar.core.errors import InputError
 from polar.core.records import aggregated, groups_of
 from polar.core.template import EncodedGroup
 from polar.core.version import __version__
-from polar.core.checkpoint import scaling, with_reference
 from polar.serving import compat_routes
 from polar.serving.checkpoint import Checkpoint
 from polar.serving.errors import RefusalError

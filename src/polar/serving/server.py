@@ -25,8 +25,8 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from polar.core.errors import InputError
 from polar.core.checkpoint import BUNDLED_NAME
+from polar.core.errors import InputError
 from polar.serving.app import create_app
 from polar.serving.batcher import Batcher
 from polar.serving.checkpoint import Loading, load_checkpoint
