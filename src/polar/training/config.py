@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from polar.core.errors import InputError
 from polar.training.init_model import ScratchConfig
-from polar.training.objectives import Loss, Objective, Penalty, Ranked
+from polar.training.objectives import Objective, Ranked
 from polar.training.schedules import Schedule
 from polar.training.trackers import Tracker, check_trackers
 
@@ -80,18 +80,11 @@ class TrainConfig:
     """Tokens per device and micro-batch in place of batch_size: groups of any length are packed up to it."""
     gradient_accumulation: int = 1
     """Micro-batches per optimizer step."""
-    loss: Loss = "ranking"
-    """Loss of a comparison: Bradley-Terry, or the focal one, which weighs down comparisons that are won already."""
-    penalty: Penalty = "none"
-    """What keeps rewards near 0: a log barrier at -5 and 5, their squares (l2), or the square of the sum of a better
-    and a worse one (centering)."""
-    penalty_weight: float = 0.01
-    """Weight of the penalty."""
-    label_smoothing: float = 0.0
-    """Probability that a label is wrong, below 0.5."""
     ranked: Ranked = "all_pairs"
     """More than two candidates in a group: each better one against each worse one, or (plackett_luce) each against all
     that are worse at once."""
+    centering: float = 0.0
+    """Weight of the squared sum of a better and a worse reward, which keeps rewards near 0."""
     max_grad_norm: float = 1.0
     """Gradient clipping."""
     max_length: int | None = None
@@ -149,7 +142,7 @@ class TrainConfig:
         Raises:
             InputError: an option has a value that there is not.
         """
-        return Objective(self.loss, self.penalty, self.penalty_weight, self.label_smoothing, self.ranked)
+        return Objective(self.ranked, self.centering)
 
     def save(self, path: Path) -> None:
         """Write the resolved values as YAML in one step; `--config` reads them back."""

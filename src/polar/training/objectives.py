@@ -17,48 +17,32 @@ from torch import Tensor, nn
 from polar.core.errors import InputError
 from polar.core.template import EncodedGroup
 
-Loss = Literal["ranking", "focal"]
-Penalty = Literal["none", "log_barrier", "l2", "centering"]
 Ranked = Literal["all_pairs", "plackett_luce"]
-
-BARRIER = 5.0
-"""Rewards between which the log barrier keeps them: -5 and 5 (XTuner 0.2, `reward.py`)."""
-BARRIER_EDGE = 1e-3
-"""Rewards are clamped this far inside the barrier, where its logarithm is finite; beyond, its gradient is zero."""
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What a batch of rewards should be like; the defaults are POLAR's own (Bradley-Terry, no penalty).
+    """Bradley-Terry (paper eq. 7 and 8) over the comparisons of a batch; the defaults are POLAR's own.
 
     A comparison has one winner. With "all_pairs" it has one loser, with "plackett_luce" the losers are all candidates
     that the winner beats, so that a list of K answers gives K - 1 comparisons: each answer is chosen among those not
     better than it (Luce 1959, Plackett 1975). The two agree on lists of two.
     """
 
-    loss: Loss = "ranking"
-    """"ranking" is Bradley-Terry (paper eq. 7 and 8). "focal" weighs down comparisons that are won already (InternLM2,
-    arXiv 2403.17297)."""
-    penalty: Penalty = "none"
-    """"log_barrier" and "l2" are those of XTuner 0.2, "centering" is that of TRL (arXiv 2312.09244, eq. 2)."""
-    penalty_weight: float = 0.01
-    """Weight of the penalty."""
-    label_smoothing: float = 0.0
-    """Probability that a label is wrong (conservative DPO): the loss is the expected one."""
     ranked: Ranked = "all_pairs"
     """How a list of more than two candidates becomes comparisons."""
+    centering: float = 0.0
+    """Weight of the squared sum of the rewards of a pair, which keeps rewards near 0 (arXiv 2312.09244, eq. 2, as in
+    TRL)."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("loss", Loss), ("penalty", Penalty), ("ranked", Ranked)):
-            if getattr(self, name) not in get_args(kind):
-                raise InputError(f"{name} must be one of {', '.join(get_args(kind))}; found {getattr(self, name)!r}")
-        if not 0 <= self.penalty_weight < float("inf"):
-            raise InputError(f"penalty_weight must be 0 or more, found {self.penalty_weight}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise InputError(f"label_smoothing must be in [0, 0.5), found {self.label_smoothing}")
+        if self.ranked not in get_args(Ranked):
+            raise InputError(f"ranked must be one of {', '.join(get_args(Ranked))}; found {self.ranked!r}")
+        if not 0 <= self.centering < float("inf"):
+            raise InputError(f"centering must be 0 or more, found {self.centering}")
 
     def __call__(self, rewards_N: Tensor, better_P: Tensor, worse_P: Tensor, margin_N: Tensor | None = None) -> Tensor:
-        """Sum of the loss over all comparisons and of the weighted penalty over all pairs.
+        """Return the sum of the loss over all comparisons, and of the weighted centering over all pairs.
 
         Divide it by the number of comparisons of the whole optimizer step, and every pair weighs the same, whatever
         micro-batch or machine it came to. (XTuner takes the mean per pack, where a pair in a short pack weighs more.)
@@ -79,36 +63,14 @@ class Objective:
         margins_C = rewards_N[winners_C] - losers_C
         if margin_N is not None:
             margins_C = margins_C - margin_N[winners_C]
-        losses_C = self._loss(margins_C)
-        if self.label_smoothing:
-            losses_C = (1 - self.label_smoothing) * losses_C + self.label_smoothing * self._loss(-margins_C)
-        total = losses_C.sum()
-        if self.penalty != "none":
-            total = total + self.penalty_weight * self._penalty(rewards_N[better_P], rewards_N[worse_P]).sum()
+        total = nn.functional.softplus(-margins_C).sum()
+        if self.centering:
+            total = total + self.centering * ((rewards_N[better_P] + rewards_N[worse_P]) ** 2).sum()
         return total
 
     def winners(self, better_P: Tensor) -> Tensor:
-        """The winner of every comparison that pairs make."""
+        """Return the winner of every comparison that pairs make."""
         return better_P if self.ranked == "all_pairs" else torch.unique(better_P)
-
-    def _loss(self, margins_C: Tensor) -> Tensor:
-        losses_C = nn.functional.softplus(-margins_C)
-        if self.loss == "ranking":
-            return losses_C
-        certainty_C = 2 * torch.relu(torch.sigmoid(margins_C) - 0.5)
-        return (1 - certainty_C) ** 2 * losses_C
-
-    def _penalty(self, better_P: Tensor, worse_P: Tensor) -> Tensor:
-        if self.penalty == "centering":
-            return (better_P + worse_P) ** 2
-        if self.penalty == "l2":
-            return better_P**2 + worse_P**2
-        return _log_barrier(better_P) + _log_barrier(worse_P)
-
-
-def _log_barrier(rewards_P: Tensor) -> Tensor:
-    inside_P = rewards_P.clamp(BARRIER_EDGE - BARRIER, BARRIER - BARRIER_EDGE)
-    return -torch.log(BARRIER - inside_P) - torch.log(BARRIER + inside_P)
 
 
 class LexicalProbes(nn.Module):
