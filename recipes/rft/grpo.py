@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from polar.core.baselines import rouge_l
 from polar.core.records import groups_of
 from polar.data.readers import convert_rows
-from polar.evaluation.baselines import rouge_l
 from polar.rft.prompts import Task, read_task
 from polar.rft.trl import RewardFunction, output_of, polar_reward, samples_of
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from polar.core.html import visible
 from polar.core.records import Trajectory
-from polar.corpus.page import page, visible
+from polar.corpus.page import page
 from polar.corpus.statistics import Sample, statistics
 
 HOSTILE = [

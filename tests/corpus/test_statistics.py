@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from polar.cli.main import main
 from polar.core.errors import InputError
 from polar.core.records import Message, Trajectory, prompt_id
+from polar.core.text import blank
 from polar.corpus import subset
-from polar.corpus.report import Report, blank
+from polar.corpus.report import Report
 from polar.corpus.statistics import Sample, read_samples, statistics
 from polar.corpus.subset import Subset
 from polar.data.readers import ReadReport

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polar import InputError
-from polar.core.baselines import words
+from polar.core.baselines import chrf, rouge_l, words
 from polar.core.records import Group, Message
-from polar.evaluation.baselines import baselines, chrf, embedding_similarity, rouge_l
+from polar.evaluation.baselines import baselines, embedding_similarity
 
 TEXTS = st.lists(st.sampled_from(["the", "cat", "sat", "on", "!", "奖励", "模型"]), max_size=12).map(" ".join)
 

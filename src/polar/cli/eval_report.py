@@ -13,7 +13,7 @@ from rich.text import Text
 
 from polar.core.errors import InputError
 from polar.core.files import on_disk, write_text
-from polar.corpus.page import visible
+from polar.core.html import visible
 from polar.evaluation.page import model_card, page
 from polar.evaluation.report import build_report
 

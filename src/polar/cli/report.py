@@ -13,7 +13,8 @@ from rich.text import Text
 
 from polar.cli.progress import progress_bar
 from polar.core.files import on_disk, write_text
-from polar.corpus.page import page, visible
+from polar.core.html import visible
+from polar.corpus.page import page
 from polar.corpus.statistics import Sample, read_samples, statistics
 from polar.data.readers import OnBadRow, ReadReport
 

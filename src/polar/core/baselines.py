@@ -42,6 +42,32 @@ def first_word(group: Group) -> list[float]:
     return [float(_first_word(text_of(candidate)) == reference) for candidate in group.candidates]
 
 
+def rouge_l(group: Group) -> list[float]:
+    """F1 of the longest common subsequence of words with the reference, 0 to 1 (Lin 2004); needs rapidfuzz.
+
+    The same number as rouge-score's rougeL with our `words`, which also splits Chinese; rapidfuzz finds the
+    subsequence about a hundred times as fast.
+    """
+    from rapidfuzz.distance import LCSseq
+
+    reference = words(text_of(group.reference))
+    rewards = []
+    for candidate in group.candidates:
+        found = words(text_of(candidate))
+        total = len(reference) + len(found)
+        rewards.append(2 * LCSseq.similarity(reference, found) / total if total else 1.0)
+    return rewards
+
+
+def chrf(group: Group) -> list[float]:
+    """Sacrebleu's chrF2 with the reference, 0 to 100 (Popović 2015); needs sacrebleu."""
+    from sacrebleu.metrics.chrf import CHRF
+
+    metric = CHRF()
+    reference = [text_of(group.reference)]
+    return [float(metric.sentence_score(text_of(candidate), reference).score) for candidate in group.candidates]
+
+
 def _first_word(text: str) -> str | None:
     found = _WORD.search(text)
     return found and found[0].lower()
@@ -53,4 +79,4 @@ def _f1(candidate: Counter[str], reference: Counter[str]) -> float:
 
 
 BASELINES = {"unigram F1": unigram_f1, "length": length, "chance": chance}
-"""All of them, by the name that tables show."""
+"""Those that need no library, by the name that tables show."""

@@ -105,3 +105,8 @@ def without_end(text: str) -> str:
         if token is None:
             return text[:kept]
         kept = end - len(token)
+
+
+def blank(text: str) -> bool:
+    """Return whether a text shows nothing: no characters, or only white space and invisible ones (U+200B)."""
+    return not any(character.isprintable() and not character.isspace() for character in text)

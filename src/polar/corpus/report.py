@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from polar.core.html import Excerpt
 from polar.core.metrics import Estimate, Verdict
 
 SCHEMA = "polar corpus report 1"
@@ -163,20 +164,6 @@ class Discrimination:
 
 
 @dataclass(frozen=True, slots=True)
-class Excerpt:
-    """The beginning of a text."""
-
-    text: str
-    characters: int
-    """Of the whole text."""
-
-    @property
-    def left_out(self) -> int:
-        """Characters that the excerpt lacks."""
-        return self.characters - len(self.text)
-
-
-@dataclass(frozen=True, slots=True)
 class Example:
     """A prompt and some outputs of some policies."""
 
@@ -260,11 +247,6 @@ class Report:
             overview.skipped_rows and f"{overview.skipped_rows:,} rows could not be read and are not in the report.",
         ]
         return tuple(warning for warning in found if warning)
-
-
-def blank(text: str) -> bool:
-    """Whether nothing of a text is to be seen: no characters, or only white space and invisible ones (U+200B)."""
-    return not any(character.isprintable() and not character.isspace() for character in text)
 
 
 def _share(part: int, whole: int) -> str:

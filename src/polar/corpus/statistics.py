@@ -25,7 +25,8 @@ import pyarrow as pa
 from polar.core.baselines import words
 from polar.core.errors import InputError
 from polar.core.records import Text, Trajectory, prompt_id, text_of
-from polar.corpus.report import QUANTILES, SCHEMA, Duplicates, Lengths, Overview, Policy, Repeated, Report, Unit, blank
+from polar.core.text import blank
+from polar.corpus.report import QUANTILES, SCHEMA, Duplicates, Lengths, Overview, Policy, Repeated, Report, Unit
 from polar.corpus.sorting import temporary_files
 from polar.corpus.subset import Subset
 from polar.data.fields import Row, optional_string

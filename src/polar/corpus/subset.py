@@ -15,10 +15,11 @@ from functools import partial
 from itertools import chain
 
 from polar.core.baselines import chance, first_word, length, unigram_f1
+from polar.core.html import Excerpt
 from polar.core.metrics import Values, clustered_mean, outcomes
 from polar.core.records import Group, Trajectory, Triple, prompt_id, text_of
 from polar.corpus.pair import pair
-from polar.corpus.report import Contrast, Contrasts, Discrimination, Example, Excerpt, Feature
+from polar.corpus.report import Contrast, Contrasts, Discrimination, Example, Feature
 
 PROMPTS = 2_000
 """Most prompts of the subset."""

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from polar.core.html import Excerpt
 from polar.core.metrics import FEW_CLUSTERS, Estimate, Values, Verdict, clustered_mean
-from polar.corpus.report import Excerpt
 from polar.evaluation.columns import Candidates, Names, Outcomes, Part, digest, prompt_name
 from polar.evaluation.manifest import Manifest
 from polar.evaluation.records import MODEL, WITHOUT_REFERENCE, Record, read_records

@@ -1,4 +1,4 @@
-"""Baselines from libraries, beside those of `polar.core.baselines`: ROUGE-L, chrF and similarity of embeddings.
+"""The baselines that can be computed here, those from libraries too: ROUGE-L, chrF and similarity of embeddings.
 
 All are closeness to the reference. They come with the extra `eval`; where it is not installed, ROUGE-L and chrF are
 left out with a warning.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from polar.core.baselines import BASELINES, words
+from polar.core.baselines import BASELINES, chrf, rouge_l
 from polar.core.errors import InputError
 from polar.core.records import Group, text_of
 
@@ -51,32 +51,6 @@ def library_versions() -> Iterator[tuple[str, str]]:
             yield library, version(library)
         except PackageNotFoundError:
             continue
-
-
-def rouge_l(group: Group) -> list[float]:
-    """F1 of the longest common subsequence of words with the reference, 0 to 1 (Lin 2004).
-
-    The same number as rouge-score's rougeL with our `words`, which also splits Chinese; rapidfuzz finds the
-    subsequence about a hundred times as fast.
-    """
-    from rapidfuzz.distance import LCSseq
-
-    reference = words(text_of(group.reference))
-    rewards = []
-    for candidate in group.candidates:
-        found = words(text_of(candidate))
-        total = len(reference) + len(found)
-        rewards.append(2 * LCSseq.similarity(reference, found) / total if total else 1.0)
-    return rewards
-
-
-def chrf(group: Group) -> list[float]:
-    """Sacrebleu's chrF2 with the reference, 0 to 100 (Popović 2015)."""
-    from sacrebleu.metrics.chrf import CHRF
-
-    metric = CHRF()
-    reference = [text_of(group.reference)]
-    return [float(metric.sentence_score(text_of(candidate), reference).score) for candidate in group.candidates]
 
 
 def embedding_similarity(name: str) -> Scorer:

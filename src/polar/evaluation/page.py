@@ -1,6 +1,6 @@
 """The report as one HTML page that needs nothing else, and as a section for a model card in Markdown.
 
-The rules of `polar.corpus.page` hold: every text is escaped, and the browser runs our one script alone, by its hash.
+The rules of `polar.core.html` hold: every text is escaped, and the browser runs our one script alone, by its hash.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from polar.core.html import INK, STYLE, label, render, svg
 from polar.core.metrics import Estimate
-from polar.corpus.page import INK, STYLE, label, render, svg
 from polar.evaluation.analysis import Bin, Comparison, Diagnosis, Run
 from polar.evaluation.columns import Part
 from polar.evaluation.report import Curve, Line, Report
