@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from polar.core.errors import InputError
 from polar.core.records import Trajectory, Triple, text_of
 from polar.corpus.pair import PairReport, pair
-from polar.corpus.strategies import Lineage, read_lineages, rivals
+from polar.corpus.strategies import Lineage, candidate_negatives, read_lineages
 
 LINEAGES = {
     "a10": Lineage("a", 10),
@@ -49,9 +49,9 @@ def pairs_of(triples: list[Triple]) -> set[tuple[str | None, str | None]]:
 )
 def test_whom_each_strategy_takes_the_negative_from(policy: str, family: set[str], checkpoint: set[str]) -> None:
     others = [name for name in LINEAGES if name != policy]
-    assert rivals("random", policy, others, LINEAGES) == others
-    assert set(rivals("family", policy, others, LINEAGES)) == family
-    assert set(rivals("checkpoint", policy, others, LINEAGES)) == checkpoint
+    assert candidate_negatives("random", policy, others, LINEAGES) == others
+    assert set(candidate_negatives("family", policy, others, LINEAGES)) == family
+    assert set(candidate_negatives("checkpoint", policy, others, LINEAGES)) == checkpoint
 
 
 def test_a_neighbouring_checkpoint_is_sought_among_the_policies_of_the_prompt() -> None:

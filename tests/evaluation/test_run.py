@@ -14,12 +14,13 @@ import pytest
 
 from polar import Comparison, InputError, Preference, RewardModel
 from polar.cli.evaluate import evaluate as evaluate_command
+from polar.cli.main import main
 from polar.core.records import Message, prompt_id, text_of
 from polar.data.writers import record_to_dict
 from polar.evaluation.manifest import read_manifest
 from polar.evaluation.records import WITHOUT_REFERENCE, Record, read_records
 from polar.evaluation.report import build_report
-from polar.evaluation.summary import summarise
+from polar.evaluation.summary import SUMMARY, summarise
 from tests.evaluation.evaluating import triples, write_rows
 
 PREFERENCES = [
@@ -41,6 +42,16 @@ def files(tmp_path: Path) -> tuple[str, str]:
 def evaluate(output: Path, files: tuple[str, str], **settings: Any) -> list[Record]:
     evaluate_command(triples=[files[0]], preferences=[files[1]], output=str(output), **settings)
     return list(read_records(output, texts=True))
+
+
+def test_the_summary_is_printed_as_json(
+    files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert main(["eval", "--triples", files[0], "--baselines-only", "--output", str(output), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((output / SUMMARY).read_text("utf-8"))
+    assert printed["results"][0]["items"] == 24
 
 
 def test_every_item_is_recorded_with_the_rewards_of_all_scorers(

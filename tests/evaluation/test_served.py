@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from polar import InputError, RewardModel
-from polar.cli.eval_report import report as report_command
 from polar.cli.evaluate import evaluate
+from polar.cli.evaluate import report as report_command
 from polar.data.writers import record_to_dict
 from polar.evaluation.manifest import read_manifest
 from polar.evaluation.records import read_records

@@ -1,13 +1,18 @@
-"""`polar convert`: official POLAR checkpoints, and adapters, to plain Hugging Face checkpoints."""
+"""`polar convert` and `polar export`: checkpoints from other layouts to our own, and back."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from polar.core.checkpoint import local_directory
 from polar.core.files import require_new
+from polar.model import export as exporting
 from polar.model import internlm2
 from polar.model.adapters import ADAPTER_CONFIG, is_adapter
+from polar.model.export import Engine
 from polar.model.reward_model import RewardModel
 
 
@@ -38,6 +43,32 @@ def convert(source: str, target: str) -> None:
         architecture = "LlamaForSequenceClassification"
     size = sum(file.stat().st_size for file in Path(target).iterdir())
     print(f"{target}: wrote {architecture} and its tokenizer, {size / 1e6:,.1f} MB, from {source}")
+
+
+def export(checkpoint: str, output: str, /, *, engine: Annotated[Engine, Parameter(name="--for")]) -> None:
+    """Write a reward model in the layout of XTuner or LMDeploy, with the same rewards.
+
+    A Llama becomes InternLM2ForRewardModel, the layout of the official POLAR models. For LMDeploy a Qwen2 becomes
+    Qwen2ForRewardModel. vLLM, SGLang and TRL need no export: they load our checkpoints as they are.
+
+    Examples:
+        polar export ./rm ./rm-lmdeploy --for lmdeploy
+
+        polar export POLAR-7B-llama POLAR-7B-xtuner --for xtuner
+
+    Args:
+        checkpoint: A directory, a Hugging Face hub name, or polar-nano.
+        output: The directory to write; it must be new or empty.
+        engine: Who is to load it, xtuner or lmdeploy.
+    """
+    architecture = exporting.export(checkpoint, output, engine)
+    size = sum(file.stat().st_size for file in Path(output).iterdir())
+    print(f"{output}: wrote {architecture} and its tokenizer, {size / 1e6:,.1f} MB, from {checkpoint}")
+    if engine == "xtuner":
+        print(
+            "XTuner loads this layout through its own code: copy configuration_internlm2.py and modeling_internlm2.py "
+            f"from xtuner/tools/model_converters/modeling_internlm2_reward (v0.2.0) to {output}"
+        )
 
 
 def _merge(source: str, target: Path) -> str:

@@ -1,9 +1,11 @@
-"""`polar eval`: how good a reward model is, beside baselines and with standard errors."""
+"""`polar eval` and `polar eval report`: how good a reward model is, beside baselines and with standard errors."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -12,26 +14,43 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 
 from cyclopts import Parameter
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text as Cell
 
-from polar.cli.evaluation_tables import show
 from polar.cli.models import Model, open_model
 from polar.cli.progress import progress_bar
 from polar.client.engines import ServerType
 from polar.core.checkpoint import BUNDLED_NAME
 from polar.core.errors import InputError
-from polar.core.files import write_json
+from polar.core.files import on_disk, write_json, write_text
+from polar.core.html import visible
+from polar.core.metrics import FEW_CLUSTERS, Estimate
 from polar.core.version import __version__
 from polar.data.readers import OnBadRow
 from polar.evaluation.baselines import baselines, library_versions
-from polar.evaluation.manifest import Manifest, commit, model_facts
+from polar.evaluation.manifest import TASKS, Manifest, commit, model_facts
 from polar.evaluation.records import MODEL, WITHOUT_REFERENCE
+from polar.evaluation.report import build_report
 from polar.evaluation.run import evaluate as run
 from polar.evaluation.run import planned
 from polar.evaluation.suites import Dataset, ReferenceSource, Suite, read_suite
-from polar.evaluation.summary import SUMMARY, summarise
+from polar.evaluation.summary import (
+    RIVAL,
+    SUMMARY,
+    BestOfN,
+    Official,
+    Result,
+    Sensitivity,
+    SeveralReferences,
+    Summary,
+    summarise,
+)
 
 Files = Annotated[Sequence[str], Parameter(negative="")]
+MANY_NUMBERS = 9
+"""Most columns of a benchmark's own numbers; all of them are in the summary."""
 
 
 def evaluate(
@@ -61,6 +80,7 @@ def evaluate(
     dtype: str | None = None,
     max_length: int | None = None,
     max_response_length: int | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Measure a reward model beside baselines on the same items, and keep a record of every item.
 
@@ -106,6 +126,7 @@ def evaluate(
         dtype: float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on a CPU).
         max_length: Longest input in tokens (default: the checkpoint's).
         max_response_length: Longest reference and answer in tokens (default: the checkpoint's).
+        as_json: Print the summary as JSON in place of tables.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, found {limit}")
@@ -166,10 +187,51 @@ def evaluate(
         summary = summarise(directory)
         content = {"scorers": manifest.scorers, **asdict(summary)}
         write_json(directory / SUMMARY, content)
+    if as_json:
+        sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        return
     console = Console()
     if not console.is_terminal:
         console.width = 160  # a file has no width, and the tables fit into this one
-    show(console, manifest, summary)
+    _show(console, manifest, summary)
+
+
+def report(
+    runs: Annotated[Sequence[str], Parameter(negative="")], /, *, output: str, without_texts: bool = False
+) -> None:
+    """Compare evaluations, from the records that `polar eval --output` wrote; no model is loaded.
+
+    Every model stands beside the baselines and beside the first model, with a paired bootstrap over prompts that says
+    better, worse or cannot tell, for every data set, domain and slice. The page needs no network: its tables sort and
+    can be searched, and it shows the worst mistakes to read. Beside it stand the same numbers as JSON, and a section
+    for the model card in Markdown.
+
+    Examples:
+      polar eval report runs/nano --output report.html
+      polar eval report runs/new runs/old runs/without-pretraining --output reports/july.html
+
+    Args:
+        runs: Directories of evaluations; models are compared with that of the first one.
+        output: File for the page (.html); a .json and a .md of the same name are written beside it.
+        without_texts: Leave the worst mistakes out, for a report on data whose texts may not be passed on.
+    """
+    from polar.evaluation.page import model_card, page  # needs matplotlib, which --help does not
+
+    target = Path(output)
+    if target.suffix != ".html":
+        raise InputError(f"{output}: expected a file name that ends in .html")
+    if len({Path(run).resolve() for run in runs}) < len(runs):
+        raise InputError("a run is given twice; expected different directories")
+    found = build_report(runs, texts=not without_texts)
+    contents = {".json": found.to_json(), ".md": model_card(found), ".html": page(found)}
+    with on_disk(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, content in contents.items():
+        write_text(target.with_suffix(suffix), content)
+    console = Console(stderr=True)
+    for warning in found.warnings:
+        console.print(Cell(f"warning: {visible(warning)}"))
+    sys.stderr.write(f"wrote {target}, {target.stem}.json and {target.stem}.md\n")
 
 
 def _suite(
@@ -201,3 +263,119 @@ def _suite(
         for place, path in enumerate(preferences)
     ]
     return Suite(datasets=tuple(datasets))
+
+
+def _show(console: Console, manifest: Manifest, summary: Summary) -> None:
+    """Print a summary: accuracies for every task, best of N, benchmarks' own numbers, and what has to be known."""
+    for task in TASKS:
+        if results := [result for result in summary.results if result.task == task]:
+            console.print(_accuracies(task, results))
+    if summary.several_references:
+        console.print(_several_references(summary.several_references))
+    if summary.sensitivity:
+        console.print(_sensitivities(summary.sensitivity))
+    for best in summary.best_of_n:
+        console.print(_curves(best))
+    for official in summary.official:
+        console.print(_official(official))
+    for note in _notes(manifest, summary):
+        console.print(Cell(note))
+
+
+def _table(title: str, headings: Sequence[str], caption: str | None = None) -> Table:
+    table = Table(title=Cell(title), box=SIMPLE_HEAD, pad_edge=False, caption=caption, title_justify="left")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
+    return table
+
+
+def _accuracies(task: str, results: Sequence[Result]) -> Table:
+    scorers = list(results[0].accuracy)
+    headings = ["data", "items", "prompts", *scorers, "difference", "verdict"]
+    caption = "accuracy in % ± its standard error"
+    if MODEL in scorers:
+        caption += (
+            f"; difference: {MODEL} minus {RIVAL}; cannot tell: within two standard errors, "
+            f"or fewer than {FEW_CLUSTERS} prompts"
+        )
+    table = _table(task, headings if MODEL in scorers else headings[:-2], caption)
+    for result in results:
+        difference = result.difference
+        compared = [] if difference is None else [_percent(difference, "+"), difference.verdict()]
+        counts = f"{result.items:,}", f"{result.accuracy[scorers[0]].clusters:,}"
+        numbers = [_percent(result.accuracy[name]) for name in scorers]
+        table.add_row(Cell(_name(result)), *counts, *numbers, *compared)
+        for label, estimates in (("  Kendall's tau", result.rank_correlation), ("  AUC, all prompts", result.area)):
+            if estimates is not None and result.domain is None and result.slice is None:
+                table.add_row(label, "", "", *(_percent(estimates[name]) for name in scorers))
+    return table
+
+
+def _name(result: Result) -> str:
+    if result.dataset is None:
+        return "all"
+    return f"  {result.domain or result.slice}" if result.domain or result.slice else result.dataset
+
+
+def _percent(estimate: Estimate, sign: str = "") -> str:
+    mean = f"{100 * estimate.mean:{sign}.1f}"
+    return f"{mean}±{100 * estimate.standard_error:.1f}" if estimate.standard_error else mean
+
+
+def _several_references(results: Sequence[SeveralReferences]) -> Table:
+    scorers = list(next(iter(results[0].accuracy.values())))
+    caption = "accuracy in % on the items that have several references, by what becomes of the rewards against each"
+    table = _table("several references", ["data", "rewards", "items", *scorers], caption)
+    for result in results:
+        for how, accuracy in result.accuracy.items():
+            numbers = [_percent(accuracy[name]) for name in scorers]
+            table.add_row(result.dataset, how, f"{accuracy[scorers[0]].count:,}", *numbers)
+    return table
+
+
+def _sensitivities(results: Sequence[Sensitivity]) -> Table:
+    scorers = list(results[0].change)
+    caption = "accuracy in % after the worse answer was changed (reworded, paraphrase: the better one); its difference"
+    table = _table("sensitivity", ["data", "change", "items", *scorers], caption)
+    for result in results:
+        numbers = [f"{100 * result.after[name].mean:.1f} ({_percent(result.change[name], '+')})" for name in scorers]
+        table.add_row(result.dataset, result.probe, f"{result.after[scorers[0]].count:,}", *numbers)
+    return table
+
+
+def _curves(best: BestOfN) -> Table:
+    points = next(iter(best.curves.values()))
+    caption = "true quality of the candidate with the highest reward among N; ↓: worse than at half of N"
+    table = _table(f"best of N: {best.dataset}", ["scorer", *(f"N={point.draws}" for point in points)], caption)
+    for scorer, curve in best.curves.items():
+        table.add_row(scorer, *(f"{'↓' if point.change == 'worse' else ''}{point.quality.mean:.3f}" for point in curve))
+    table.add_row("the best", *(f"{point.best:.3f}" for point in points))
+    table.add_row("items", *(f"{point.quality.count:,}" for point in points))
+    return table
+
+
+def _official(official: Official) -> Table:
+    names = list(next(iter(official.scores.values())))[:MANY_NUMBERS]
+    table = _table(f"{official.dataset}, by the rules of {official.scoring}, in %", ["scorer", *names])
+    for scorer, scores in official.scores.items():
+        table.add_row(scorer, *(f"{100 * scores[name]:.1f}" for name in names))
+    return table
+
+
+def _notes(manifest: Manifest, summary: Summary) -> Iterator[str]:
+    """What a reader of the tables has to know about the data."""
+    for dataset in manifest.datasets:
+        if dataset.task != "policy discrimination":
+            yield f"{dataset.name}: references: {dataset.reference}"
+        if dataset.skipped:
+            yield f"{dataset.name}: skipped {dataset.skipped} rows; the first: {dataset.first_reasons[0]}"
+    for result in summary.results:
+        if result.dataset is None or result.domain is not None or result.slice is not None:
+            continue
+        if result.reference_copies:
+            yield (
+                f"{result.dataset}: in {result.reference_copies} of {result.items} items the better candidate is the "
+                f"reference itself, so {RIVAL} is right there by construction"
+            )
+        if result.truncated:
+            yield f"{result.dataset}: {result.truncated} of {result.items} items were cut to fit the model"

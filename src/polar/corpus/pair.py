@@ -28,12 +28,12 @@ from polar.corpus.sorting import PromptOutputs, PromptSorter, decoded, open_sort
 from polar.corpus.strategies import (
     RULES,
     Lineage,
+    LineageEvidence,
     Rule,
-    Sightings,
     Strategy,
+    candidate_negatives,
     choose_negatives,
     resolve_lineages,
-    rivals,
 )
 
 TRIES = 50
@@ -191,9 +191,9 @@ def pair(
         unasked = wanted_policies is not None and policy not in wanted_policies
         return not unasked and (excluded is None or not excluded.search(policy))
 
-    def sort(sorter: PromptSorter) -> dict[str, Sightings]:
-        """Fill the sorter; what the trajectories say about each policy that is wanted."""
-        sightings: dict[str, Sightings] = {}
+    def sort(sorter: PromptSorter) -> dict[str, LineageEvidence]:
+        """Fill the sorter; return what the trajectories say about each policy that is wanted."""
+        evidence: dict[str, LineageEvidence] = {}
         unseen_policies, unseen_prompts = set(wanted_policies or ()), set(wanted_prompts or ())
         for trajectory in trajectories:
             report.trajectories += 1
@@ -203,47 +203,49 @@ def pair(
             if not wanted(policy) or (wanted_prompts is not None and prompt not in wanted_prompts):
                 report.left_out += 1
                 continue
-            sightings.setdefault(policy, Sightings()).add(trajectory.family, trajectory.step)
+            evidence.setdefault(policy, LineageEvidence()).add(trajectory.family, trajectory.step)
             sorter.add(prompt, wrapper or trajectory.wrapper, trajectory)
         report.unknown_policies += len(unseen_policies)
         report.unknown_prompts += len(unseen_prompts)
-        return sightings
+        return evidence
 
     def triples() -> Iterator[Triple]:
         with open_sorter(temporary) as sorter:
-            sightings = sort(sorter)
-            known = {} if strategy == "random" else resolve_lineages(strategy, sightings, lineages or {})
+            evidence = sort(sorter)
+            known = {} if strategy == "random" else resolve_lineages(strategy, evidence, lineages or {})
             can_be_positive = sorter.policies_with_two_outputs()
-            report.policies += len(sightings)
+            report.policies += len(evidence)
             report.policies_with_two_outputs += len(can_be_positive)
-            dealer = _Dealer(per_prompt, negatives, strategy, known, balance, match_length, can_be_positive, report)
+            sampler = _PairSampler(
+                per_prompt, negatives, strategy, known, balance, match_length, can_be_positive, report
+            )
             for prompt in sorter.prompts():
-                yield from dealer.deal(prompt, Random(f"{seed} {prompt.prompt_id} {prompt.wrapper}"))
+                yield from sampler.sample(prompt, Random(f"{seed} {prompt.prompt_id} {prompt.wrapper}"))
 
     return triples()
 
 
 @dataclass(slots=True)
-class _Dealer:
-    """Deals the triples of one prompt after the other, and remembers what balance and length matching need."""
+class _PairSampler:
+    """Samples the triples of one prompt after the other, and keeps what balancing and length matching need."""
 
     per_prompt: int | None
     negatives: int
     strategy: Strategy
     lineages: Mapping[str, Lineage]
-    balance: bool
+    balanced: bool
     match_length: bool
     can_be_positive: Collection[str]
     """Policies with two different outputs for some prompt."""
     report: PairReport
     positives: Counter[str] = field(default_factory=Counter)
     """Triples so far in which a policy is positive."""
-    debts: Counter[str] = field(default_factory=Counter)
+    balance: Counter[str] = field(default_factory=Counter)
     """The same minus those in which it is negative."""
-    length_debt: int = 0
+    length_balance: int = 0
     """Triples in which the positive is closer in length to the reference minus those in which the negative is."""
 
-    def deal(self, prompt: PromptOutputs, random: Random) -> Iterator[Triple]:
+    def sample(self, prompt: PromptOutputs, random: Random) -> Iterator[Triple]:
         """The triples of a prompt, counted."""
         report, outputs = self.report, prompt.outputs
         report.prompts += 1
@@ -256,8 +258,8 @@ class _Dealer:
             report.prompts_without_two_outputs += 1
             return
         random.shuffle(able)
-        if self.balance:
-            able.sort(key=lambda policy: (self.positives[policy], self.debts[policy]))
+        if self.balanced:
+            able.sort(key=lambda policy: (self.positives[policy], self.balance[policy]))
         draws = rivalries = 0
         for policy in able:
             triples, has_rival = self.draw(policy, prompt, random)
@@ -280,15 +282,15 @@ class _Dealer:
         shuffled = cache(lambda name: random.sample(sorted(outputs[name]), len(outputs[name])))
         others = sorted(outputs.keys() - {policy})
         random.shuffle(others)
-        if self.balance:
-            others.sort(key=lambda other: -self.debts[other])
+        if self.balanced:
+            others.sort(key=lambda other: -self.balance[other])
         rules = random.sample(RULES, len(RULES)) if self.strategy == "mixed" else [self.strategy]
         has_rival = False
         for rule in rules:
-            allowed = rivals(rule, policy, others, self.lineages)
+            allowed = candidate_negatives(rule, policy, others, self.lineages)
             has_rival = has_rival or bool(allowed)
             tiers = [allowed]
-            if self.balance:
+            if self.balanced:
                 tiers = [[name for name in allowed if (name in self.can_be_positive) is able] for able in (True, False)]
             for reference, positive, closer in self.attempts(shuffled(policy), random):
                 chosen = choose_negatives(tiers, shuffled, reference, positive, closer, self.negatives)
@@ -313,18 +315,18 @@ class _Dealer:
         if not self.match_length:
             yield from ((reference, positive, None) for reference, positive in permutations(texts, 2))
             return
-        closer = self.length_debt > 0 or (self.length_debt == 0 and random.random() < 0.5)
+        closer = self.length_balance > 0 or (self.length_balance == 0 and random.random() < 0.5)
         yield from ((reference, positive, closer) for reference, positive in islice(permutations(texts, 2), TRIES))
         yield from ((reference, positive, not closer) for reference, positive in permutations(texts, 2))
 
     def count(self, triple: Triple) -> None:
-        """Count a triple in the report and in the debts."""
+        """Count a triple in the report and in the balances."""
         policy, rival = cast(str, triple.policy), cast(str, triple.negative_policy)
         self.positives[policy] += 1
-        self.debts[policy] += 1
-        self.debts[rival] -= 1
+        self.balance[policy] += 1
+        self.balance[rival] -= 1
         good, bad = length(Group(triple.prompt, triple.reference, (triple.positive, triple.negative)))
-        self.length_debt += (good > bad) - (good < bad)
+        self.length_balance += (good > bad) - (good < bad)
         self.report.triples += 1
         self.report.length_wins += ((good > bad) + (good >= bad)) / 2
         self.report.strategies[cast(Rule, triple.strategy)] += 1

@@ -43,7 +43,7 @@ class Lineage:
 
 
 @dataclass(slots=True)
-class Sightings:
+class LineageEvidence:
     """The families and the steps that rows give to a policy: more than one of either is a contradiction."""
 
     families: set[str] = field(default_factory=set)
@@ -63,15 +63,15 @@ def read_lineages(path: str | Path) -> dict[str, Lineage]:
     Raises:
         InputError: For a bad row or file, or when two rows of one policy contradict each other.
     """
-    sightings: dict[str, Sightings] = {}
+    evidence: dict[str, LineageEvidence] = {}
     for row in rows(path):
-        seen = sightings.setdefault(string_at(row, "policy"), Sightings())
+        seen = evidence.setdefault(string_at(row, "policy"), LineageEvidence())
         seen.add(optional_string(row, "family"), count_of(row, "step"))
-    return {policy: _lineage(str(path), policy, seen, Lineage()) for policy, seen in sightings.items()}
+    return {policy: _lineage(str(path), policy, seen, Lineage()) for policy, seen in evidence.items()}
 
 
 def resolve_lineages(
-    strategy: Strategy, sightings: Mapping[str, Sightings], table: Mapping[str, Lineage]
+    strategy: Strategy, evidence: Mapping[str, LineageEvidence], table: Mapping[str, Lineage]
 ) -> dict[str, Lineage]:
     """The lineage of every policy: what the table says, else what the rows say.
 
@@ -81,7 +81,7 @@ def resolve_lineages(
     """
     lineages = {
         policy: _lineage("trajectories", policy, seen, table.get(policy, Lineage()))
-        for policy, seen in sightings.items()
+        for policy, seen in evidence.items()
     }
     for name in ("family",) if strategy == "family" else ("family", "step"):
         if all(getattr(lineage, name) is None for lineage in lineages.values()):
@@ -92,7 +92,7 @@ def resolve_lineages(
     return lineages
 
 
-def rivals(rule: Rule, policy: str, others: Iterable[str], lineages: Mapping[str, Lineage]) -> list[str]:
+def candidate_negatives(rule: Rule, policy: str, others: Iterable[str], lineages: Mapping[str, Lineage]) -> list[str]:
     """Those of the other policies that may give the negative for a reference by `policy`, in their order."""
     if rule == "random":
         return list(others)
@@ -167,7 +167,7 @@ def _nearest_first(policies: Iterable[str], options_of: Callable[[str], Sequence
     return [*(policy for _, policy in nearest), *remaining]
 
 
-def _lineage(place: str, policy: str, seen: Sightings, decided: Lineage) -> Lineage:
+def _lineage(place: str, policy: str, seen: LineageEvidence, decided: Lineage) -> Lineage:
     return Lineage(
         decided.family if decided.family is not None else _only(place, policy, "family", seen.families),
         decided.step if decided.step is not None else _only(place, policy, "step", seen.steps),
