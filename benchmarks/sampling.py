@@ -30,9 +30,8 @@ import httpx2
 from polar.core.records import prompt_id
 from polar.corpus.engines import Engine, Request, Result
 from polar.corpus.engines.http import HttpSampler
-from polar.corpus.plan import Batch, Plan
+from polar.corpus.plan import BUNDLED_TOKENIZER, Batch, Plan, Prompt
 from polar.corpus.pool import HttpEngine, Pool, TransformersEngine
-from polar.corpus.prompts import BUNDLED_TOKENIZER, Prompt
 from polar.corpus.sample import sample
 
 LATENCIES = (0.25, 1.0)

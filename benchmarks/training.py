@@ -32,7 +32,7 @@ from trl import RewardConfig
 from trl import RewardTrainer as TrlTrainer
 
 from polar.core.template import EncodedGroup, Truncation
-from polar.corpus.prompts import BUNDLED_TOKENIZER
+from polar.corpus.plan import BUNDLED_TOKENIZER
 from polar.training.batches import Collator, Example
 from polar.training.discriminator import Discriminator
 from polar.training.example_store import write_examples

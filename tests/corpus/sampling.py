@@ -9,9 +9,8 @@ from random import Random
 
 from polar.core.records import prompt_id
 from polar.corpus.engines import Completion, Failure, Request, Result
-from polar.corpus.plan import Plan
+from polar.corpus.plan import Plan, Prompt
 from polar.corpus.pool import Policy, Pool
-from polar.corpus.prompts import Prompt
 from polar.corpus.sample import sample
 
 

@@ -11,9 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polar.core.errors import InputError
-from polar.corpus.clean import CleanReport, clean, read_rows
+from polar.corpus.clean import (
+    CleanReport,
+    clean,
+    cut_incomplete_ending,
+    is_empty,
+    is_refusal,
+    read_rows,
+    seems_to_break_off,
+    truncate_loop,
+)
 from polar.corpus.overlap import NearDuplicates
-from polar.corpus.rules import cut_incomplete_ending, is_empty, is_refusal, seems_to_break_off, truncate_loop
 from polar.data.fields import Row
 from polar.data.formats import trajectory
 from polar.data.readers import ReadReport

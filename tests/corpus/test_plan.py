@@ -6,9 +6,8 @@ from hypothesis import strategies as st
 
 from polar.core.errors import InputError
 from polar.core.records import Message, prompt_id
-from polar.corpus.plan import Batch, Plan
+from polar.corpus.plan import Batch, Plan, Prompt
 from polar.corpus.pool import Pool
-from polar.corpus.prompts import Prompt
 from tests.corpus.sampling import pool, prompts
 
 DESIGNS = st.sampled_from([Plan(pool()), Plan(pool(), seed=5), Plan(pool("abc"), "grid", samples=3)])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from polar.cli.main import main
 from polar.core.errors import InputError
 from polar.core.records import Message
-from polar.corpus.prompts import load_tokenizer, prefixes, read_prompts
+from polar.corpus.plan import load_tokenizer, prefixes, read_prompts
 from polar.data.readers import ReadReport, rows
 from polar.data.writers import open_writer
 

@@ -10,10 +10,9 @@ from polar.cli.main import main
 from polar.core.errors import InputError
 from polar.core.records import Message, Trajectory, prompt_id
 from polar.core.text import blank
-from polar.corpus import subset
+from polar.corpus import statistics as module
 from polar.corpus.report import Report
-from polar.corpus.statistics import Sample, read_samples, statistics
-from polar.corpus.subset import Subset
+from polar.corpus.statistics import Sample, Subset, read_samples, statistics
 from polar.data.readers import ReadReport
 
 TINY = [
@@ -204,8 +203,8 @@ def test_the_order_of_the_rows_changes_nothing(trajectories: list[Trajectory], s
 def test_the_subset_is_a_prefix_of_the_hash_order_and_keeps_to_its_limits(
     monkeypatch: pytest.MonkeyPatch, prompts: int, characters: int
 ) -> None:
-    monkeypatch.setattr(subset, "PROMPTS", prompts)
-    monkeypatch.setattr(subset, "CHARACTERS", characters)
+    monkeypatch.setattr(module, "PROMPTS", prompts)
+    monkeypatch.setattr(module, "CHARACTERS", characters)
     everything = [Trajectory(f"prompt {n}", "a", "x" * (n % 7) * sample) for n in range(50) for sample in range(3)]
     kept = []
     for seed in range(3):
@@ -221,7 +220,7 @@ def test_the_subset_is_a_prefix_of_the_hash_order_and_keeps_to_its_limits(
     sizes = {prompt_id(t.prompt): 0 for t in everything}
     for t in everything:
         sizes[prompt_id(t.prompt)] += len(str(t.prompt)) + len(str(t.output))
-    ordered = sorted(sizes, key=lambda prompt: subset._hash(5, prompt))
+    ordered = sorted(sizes, key=lambda prompt: module._hash(5, prompt))
     expected = [
         p for i, p in enumerate(ordered, 1) if i <= prompts and sum(sizes[q] for q in ordered[:i]) <= characters
     ]
@@ -232,7 +231,7 @@ def test_another_seed_reads_other_examples() -> None:
     rows = samples(corpus(40, {"a": ["x"], "b": ["y"]}))
     first, second = (statistics(rows, seed=seed).examples for seed in (0, 1))
     assert {example.prompt_id for example in first} != {example.prompt_id for example in second}
-    assert len(first) == subset.EXAMPLES
+    assert len(first) == module.EXAMPLES
 
 
 def test_long_examples_say_what_they_leave_out() -> None:

@@ -16,7 +16,7 @@ from polar.core.errors import InputError
 from polar.core.files import on_disk, write_text
 from polar.core.html import visible
 from polar.corpus.page import page
-from polar.corpus.prompts import load_tokenizer, prefixes
+from polar.corpus.plan import load_tokenizer, prefixes
 from polar.corpus.statistics import Sample, read_samples, statistics
 from polar.data.fields import string_at
 from polar.data.readers import OnBadRow, ReadReport, rows

@@ -16,11 +16,10 @@ from polar.core.errors import InputError
 from polar.corpus import engines
 from polar.corpus import sample as sampling
 from polar.corpus.engines import cluster
-from polar.corpus.engines.tokens import check
+from polar.corpus.engines.local import check
 from polar.corpus.journal import Totals
-from polar.corpus.plan import Design, Plan
+from polar.corpus.plan import Design, Plan, read_prompts
 from polar.corpus.pool import read_pool
-from polar.corpus.prompts import read_prompts
 from polar.corpus.sample import SampleReport
 from polar.data.readers import ReadReport
 

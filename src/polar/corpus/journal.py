@@ -33,8 +33,7 @@ from polar.core.errors import InputError
 from polar.core.files import new_file, on_disk, write_json
 from polar.core.records import Message, Wrapper
 from polar.corpus.engines import Completion
-from polar.corpus.plan import Batch
-from polar.corpus.prompts import Prompt
+from polar.corpus.plan import Batch, Prompt
 from polar.data.writers import text_cell
 
 log = logging.getLogger(__name__)

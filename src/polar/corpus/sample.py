@@ -18,9 +18,8 @@ from typing import Any
 from polar.core.version import __version__
 from polar.corpus.engines import Completion, Engine, open_engine
 from polar.corpus.journal import Journal, Totals, open_journal
-from polar.corpus.plan import Batch, Plan
+from polar.corpus.plan import Batch, Plan, Prompt
 from polar.corpus.pool import HttpEngine, Policy
-from polar.corpus.prompts import Prompt
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,8 @@ from pydantic import ValidationError
 
 from polar.core.errors import InputError, first_mistake
 from polar.core.records import prompt_id
-from polar.corpus.plan import Plan
+from polar.corpus.plan import Plan, Prompt
 from polar.corpus.pool import Decoding, HttpEngine, Policy, Pool
-from polar.corpus.prompts import Prompt
 from polar.corpus.sample import SampleReport, sample
 from polar.data.readers import rows
 from polar.rft.dataset import DataReport

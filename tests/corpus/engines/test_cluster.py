@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 
 from polar.core.errors import InputError  # noqa: E402
 from polar.corpus.engines import Completion, Failure, Request, Result, cluster  # noqa: E402
-from polar.corpus.engines.tokens import end_tokens_of  # noqa: E402
+from polar.corpus.engines.local import end_tokens_of  # noqa: E402
 from polar.corpus.plan import Plan  # noqa: E402
 from polar.corpus.pool import Pool, VllmEngine  # noqa: E402
 from polar.corpus.sample import sample  # noqa: E402

@@ -18,8 +18,7 @@ from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 from polar.core.errors import InputError
 from polar.core.records import Message
 from polar.corpus.engines import Completion, Failure, Request, Result
-from polar.corpus.engines.local import TransformersSampler, continuation, gumbel
-from polar.corpus.engines.tokens import Row, check, to_row
+from polar.corpus.engines.local import Row, TransformersSampler, check, continuation, gumbel, to_row
 from polar.corpus.pool import Policy, TransformersEngine
 from polar.training.init_model import SCORE
 from tests.corpus.engines.tiny import CONTEXT, save_policy
@@ -378,6 +377,6 @@ def test_a_sound_policy_passes_the_check(kind: str, llama: Path) -> None:
 
 
 def test_a_vllm_policy_without_vllm_is_told_how_to_install_it(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polar.corpus.engines.tokens.find_spec", lambda name: None)
+    monkeypatch.setattr("polar.corpus.engines.local.find_spec", lambda name: None)
     with pytest.raises(InputError, match="^policy 'near': vLLM is not installed; pip install vllm"):
         check(policy(llama, engine="vllm"))

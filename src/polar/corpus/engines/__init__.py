@@ -67,10 +67,8 @@ def open_engine(policy: Policy) -> Engine:
         from polar.corpus.engines.http import HttpSampler
 
         return HttpSampler(policy, policy.engine)
+    from polar.corpus.engines.local import TransformersSampler, VllmSampler
+
     if isinstance(policy.engine, TransformersEngine):
-        from polar.corpus.engines.local import TransformersSampler
-
         return TransformersSampler(policy, policy.engine)
-    from polar.corpus.engines.vllm import VllmSampler
-
     return VllmSampler(policy, policy.engine)

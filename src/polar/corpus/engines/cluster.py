@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from polar.core.errors import InputError
 from polar.corpus.engines import Completion, Engine, Failure, Request, Result, open_engine
-from polar.corpus.engines.tokens import end_tokens_of
+from polar.corpus.engines.local import end_tokens_of
 from polar.corpus.pool import HttpEngine, Policy, VllmEngine
 
 log = logging.getLogger(__name__)

@@ -1,28 +1,145 @@
-"""Policies in this process, through Hugging Face transformers.
+"""Policies in this process, through Hugging Face transformers or vLLM (read against 0.32).
 
-A sample depends on its own prompt and seed, not on the batch it is drawn in (except for rounding: another batch may tip
-the balance between two nearly equal tokens, above all in bfloat16). `generate` alone cannot promise that, since all
-rows share one random state; so it runs greedily here, on scores to which each row's own Gumbel noise is added. The
-highest of them is an exact draw from the softmax (Gumbel-max trick; Maddison et al. 2014, arXiv 1411.0030).
+In transformers a sample depends on its own prompt and seed, not on the batch it is drawn in (except for rounding:
+another batch may tip the balance between two nearly equal tokens, above all in bfloat16). `generate` alone cannot
+promise that, since all rows share one random state; so it runs greedily here, on scores to which each row's own Gumbel
+noise is added. The highest of them is an exact draw from the softmax (Gumbel-max trick; Maddison et al. 2014, arXiv
+1411.0030).
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import numpy as np
 
 from polar.core.errors import InputError
 from polar.corpus.engines import Completion, Failure, Request, Result
-from polar.corpus.engines.tokens import Row, end_tokens, load_tokenizer, loading, to_row
-from polar.corpus.pool import Policy, TransformersEngine
+from polar.corpus.pool import Decoding, HttpEngine, Policy, TransformersEngine, VllmEngine
 
 if TYPE_CHECKING:  # torch and transformers are imported where they are used: the other engines do without
     from torch import Tensor
     from transformers import LogitsProcessorList, PreTrainedTokenizerBase
+
+ONLY_SAFETENSORS = "transformers policies are loaded from safetensors alone; convert it, or serve it over http"
+
+
+@dataclass(slots=True)
+class Row:
+    """A sample while it grows; token ids."""
+
+    prompt: list[int]
+    seed: int
+    limit: int
+    """Most tokens of the output: max_tokens, or the rest of the context."""
+    output: list[int] = field(default_factory=list)
+
+
+def check(policy: Policy) -> None:
+    """Find out before a long run, without loading weights, whether a policy can be opened in this process.
+
+    Raises:
+        InputError: there is no such model, its kind is unknown, or a chat policy has no chat template; or vLLM is
+            missing. Policies behind a server are not asked.
+    """
+    engine = policy.engine
+    if isinstance(engine, HttpEngine):
+        return
+    if isinstance(engine, VllmEngine):
+        require_vllm(policy)
+    from transformers import AutoConfig
+
+    with loading(policy):
+        AutoConfig.from_pretrained(engine.model, trust_remote_code=False)
+    load_tokenizer(policy)
+    directory = Path(engine.model)
+    if isinstance(engine, TransformersEngine) and directory.is_dir() and not any(directory.glob("*.safetensors")):
+        raise InputError(f"policy {policy.name!r}: {directory}: no *.safetensors; {ONLY_SAFETENSORS}")
+
+
+def require_vllm(policy: Policy) -> None:
+    """Raise an InputError if vLLM is not installed."""
+    if find_spec("vllm") is None:
+        raise InputError(f"policy {policy.name!r}: vLLM is not installed; pip install vllm, or take type: transformers")
+
+
+def load_tokenizer(policy: Policy) -> PreTrainedTokenizerBase:
+    """The tokenizer of a policy in this process.
+
+    Raises:
+        InputError: it cannot be loaded, or a chat policy has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    with loading(policy):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(policy.engine.model, trust_remote_code=False)
+    if policy.kind == "chat" and not tokenizer.chat_template:
+        raise InputError(
+            f"policy {policy.name!r}: {policy.engine.model} has no chat template; take an instruct model or kind: base"
+        )
+    return tokenizer
+
+
+def to_row(
+    tokenizer: PreTrainedTokenizerBase, request: Request, decoding: Decoding, context: int | None
+) -> Row | Failure:
+    """Encode a prompt: a text as the tokenizer does by itself, messages through the chat template."""
+    ids: Any
+    if isinstance(request.prompt, str):
+        ids = tokenizer(request.prompt)["input_ids"]
+    else:
+        turns: Any = [asdict(message) for message in request.prompt]
+        try:
+            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        except jinja2.TemplateError as error:
+            return Failure(f"the chat template refuses the messages: {' '.join(str(error).split())}")
+    if not ids:
+        return Failure("the prompt is empty: no token to continue")
+    room = decoding.max_tokens if context is None else context - len(ids)
+    if room < 1:
+        return Failure(
+            f"the prompt of {len(ids)} tokens leaves no room for an output in the context of {context} tokens"
+        )
+    return Row(ids, request.seed, min(decoding.max_tokens, room))
+
+
+def end_tokens(config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end tokens of a checkpoint's generation_config.json (one, several or none) and the tokenizer's."""
+    ends = config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    return sorted({*ends, tokenizer.eos_token_id} - {None})
+
+
+@lru_cache
+def end_tokens_of(model: str) -> list[int]:
+    """The same by the name of a model, without its weights."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    try:
+        config = GenerationConfig.from_pretrained(model)
+    except OSError:  # no such file
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model, trust_remote_code=False))
+    return end_tokens(config, AutoTokenizer.from_pretrained(model, trust_remote_code=False))
+
+
+@contextmanager
+def loading(policy: Policy) -> Iterator[None]:
+    """What goes wrong while a model is loaded (in the files, on the hub, on the device) is the matter of the user."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"policy {policy.name!r}: {policy.engine.model} cannot be loaded: {reason}") from error
 
 
 class TransformersSampler:
@@ -200,3 +317,78 @@ def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+class VllmSampler:
+    """An `Engine` that generates in this process with vLLM, every sample with its own seed.
+
+    The pool's decoding decides alone; vLLM adds the end tokens of the checkpoint's generation_config.json. Usage
+    statistics are not sent unless VLLM_NO_USAGE_STATS=0 asks for them.
+
+    Args:
+        policy: The policy.
+        settings: Its model.
+
+    Raises:
+        InputError: vLLM is not installed, the model cannot be loaded, or a chat policy has no chat template.
+    """
+
+    in_flight = 1
+
+    def __init__(self, policy: Policy, settings: VllmEngine) -> None:
+        require_vllm(policy)
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        self.decoding = policy.decoding
+        self.tokenizer = load_tokenizer(policy)
+        with loading(policy):
+            from vllm import LLM
+
+            self._llm: Any = LLM(
+                settings.model,
+                dtype=settings.dtype,
+                tensor_parallel_size=settings.tensor_parallel_size,
+                max_model_len=settings.max_model_len,
+                gpu_memory_utilization=settings.gpu_memory_utilization,
+            )
+        self.context: int = self._llm.model_config.max_model_len
+
+    async def sample(self, requests: Sequence[Request]) -> list[Result]:
+        """One result per request, in their order."""
+        return await asyncio.to_thread(self._sample, requests)
+
+    async def close(self) -> None:
+        """End the processes of the engine and free their memory."""
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        gc.collect()
+
+    def _sample(self, requests: Sequence[Request]) -> list[Result]:
+        from vllm import SamplingParams, TokensPrompt
+
+        decoding = self.decoding
+        rows = [to_row(self.tokenizer, request, decoding, self.context) for request in requests]
+        sound = [row for row in rows if isinstance(row, Row)]
+        drawn = iter(
+            self._llm.generate(
+                [TokensPrompt(prompt_token_ids=row.prompt) for row in sound],
+                [
+                    SamplingParams(
+                        temperature=decoding.temperature,
+                        top_p=decoding.top_p,
+                        top_k=decoding.top_k or 0,
+                        seed=row.seed,
+                        max_tokens=row.limit,
+                    )
+                    for row in sound
+                ],
+                use_tqdm=False,
+            )
+            if sound
+            else ()
+        )
+        return [row if isinstance(row, Failure) else _completion(next(drawn)) for row in rows]
+
+
+def _completion(drawn: Any) -> Completion:
+    (output,) = drawn.outputs
+    return Completion(output.text, output.finish_reason, len(drawn.prompt_token_ids), len(output.token_ids))
