@@ -94,7 +94,9 @@ class Dataset(_Settings):
     """Rows with policy and family."""
     aggregate: Aggregate = "max"
     """What becomes of the rewards against several references; all aggregates are reported beside it."""
-    perturbations: tuple[Perturbation, ...] = Field((), validation_alias=AliasChoices("perturbations", "probes"))
+    perturbations: tuple[Perturbation, ...] = Field(
+        default=(), validation_alias=AliasChoices("perturbations", "probes")
+    )
     """Changes of a candidate that a reward should not fall for (`polar.evaluation.perturbations`); also `probes`."""
     paraphrases: str | None = None
     """For the perturbation "paraphrase": rows with text, a best candidate, and the same in other words, paraphrase."""

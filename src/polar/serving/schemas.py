@@ -1,7 +1,7 @@
 """Requests, checked field by field; the same declarations give the OpenAPI document.
 
-Lists are checked by functions of our own, which stop at the first mistake: pydantic would collect one error for every
-element and alternative, and a request may have millions of elements.
+Texts and lists are checked by functions of our own: the words and places of their errors are those of rows in files,
+and they stop at the first mistake, where pydantic would collect one error for every element and alternative.
 """
 
 from __future__ import annotations
@@ -67,17 +67,9 @@ def _text_field(value: object, info: ValidationInfo) -> Text:
     return _text(value, str(info.field_name))
 
 
-def _optional_text(value: object, info: ValidationInfo) -> Text | None:
-    return None if value is None else _text_field(value, info)
-
-
 def _texts_field(value: object, info: ValidationInfo) -> tuple[Text, ...]:
     where = str(info.field_name)
     return tuple(_text(one, f"{where}[{number}]") for number, one in enumerate(_items(value, where, "a list of texts")))
-
-
-def _optional_texts(value: object, info: ValidationInfo) -> tuple[Text, ...] | None:
-    return None if value is None else _texts_field(value, info)
 
 
 def _strings_field(value: object, info: ValidationInfo) -> list[str]:
@@ -100,10 +92,6 @@ def _flat_field(value: object, info: ValidationInfo) -> Flat:
     if isinstance(items[0], str):
         return Flat([as_string(_REQUEST, f"{where}[{number}]", one) for number, one in enumerate(items)], single=False)
     return Flat([_ids(one, f"{where}[{number}]") for number, one in enumerate(items)], single=False)
-
-
-def _optional_flat(value: object, info: ValidationInfo) -> Flat | None:
-    return None if value is None else _flat_field(value, info)
 
 
 def _items(value: object, where: str, expected: str) -> Sequence[object]:
@@ -139,7 +127,6 @@ _MESSAGES: dict[str, Any] = {
     },
 }
 _TEXT: dict[str, Any] = {"anyOf": [_STRING, _MESSAGES]}
-_NULL: dict[str, Any] = {"type": "null"}
 _IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 
 
@@ -150,14 +137,9 @@ def _list(items: dict[str, Any], at_least: int = 1) -> dict[str, Any]:
 _FLAT: dict[str, Any] = {"anyOf": [_STRING, _list(_STRING), _IDS, _list(_IDS)]}
 
 OneText = Annotated[Text, PlainValidator(_text_field), WithJsonSchema(_TEXT)]
-OptionalText = Annotated[Text | None, PlainValidator(_optional_text), WithJsonSchema({"anyOf": [_TEXT, _NULL]})]
 Texts = Annotated[tuple[Text, ...], PlainValidator(_texts_field), WithJsonSchema(_list(_TEXT))]
-OptionalTexts = Annotated[
-    tuple[Text, ...] | None, PlainValidator(_optional_texts), WithJsonSchema({"anyOf": [_list(_TEXT), _NULL]})
-]
 Strings = Annotated[list[str], PlainValidator(_strings_field), WithJsonSchema(_list(_STRING, 0))]
 FlatInputs = Annotated[Flat, PlainValidator(_flat_field), WithJsonSchema(_FLAT)]
-OptionalFlat = Annotated[Flat | None, PlainValidator(_optional_flat), WithJsonSchema({"anyOf": [_FLAT, _NULL]})]
 
 
 class RewardsRequest(BaseModel):
@@ -166,8 +148,8 @@ class RewardsRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     prompt: OneText
-    reference: OptionalText = None
-    references: OptionalTexts = None
+    reference: OneText | None = None
+    references: Texts | None = None
     candidates: Texts
     aggregate: Aggregate = Field(
         "max",
@@ -224,8 +206,8 @@ class PoolingRequest(ClassifyRequest):
 class SglangRequest(BaseModel):
     """SGLang's `/classify` and `/encode`."""
 
-    text: OptionalFlat = None
-    input_ids: OptionalFlat = None
+    text: FlatInputs | None = None
+    input_ids: FlatInputs | None = None
 
     @model_validator(mode="after")
     def _one_kind_of_input(self) -> Self:
