@@ -34,10 +34,9 @@ from trl import RewardTrainer as TrlTrainer
 from polar.core.template import EncodedGroup, Truncation
 from polar.corpus.plan import BUNDLED_TOKENIZER
 from polar.training.batches import Collator, Example
-from polar.training.discriminator import Discriminator
 from polar.training.example_store import write_examples
 from polar.training.stream import BatchStream
-from polar.training.trainer import RewardTrainer
+from polar.training.trainer import Discriminator, RewardTrainer
 
 VOCABULARY, SCORE = 8192, 3
 STEPS = 4

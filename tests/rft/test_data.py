@@ -20,7 +20,7 @@ from tenacity import wait_none
 
 from polar.cli.main import main
 from polar.corpus.engines import http
-from polar.rft.layouts import MESSAGES, TEXTS
+from polar.rft.dataset import MESSAGES, TEXTS
 from polar.rft.prompts import BOXED
 from tests.corpus.engines.scripted import Reply, Script, Server, serving
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from polar.rft.settings import Settings, read_settings
+from polar.rft.reward import Settings, read_settings
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "verl"
 DATA = ("hh-rlhf", "general", "math")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from polar import InputError
-from polar.rft.settings import Settings, read_settings
+from polar.rft.reward import Settings, read_settings
 
 
 def test_nothing_given_is_whatever_is_served_on_this_machine() -> None:

@@ -20,10 +20,9 @@ from polar.training import run
 from polar.training.batches import Collator, examples_from_preferences
 from polar.training.checkpoints import newest_complete
 from polar.training.config import FinetuneConfig, LoraSettings, PretrainConfig
-from polar.training.discriminator import Discriminator
 from polar.training.lora import add_adapters
 from polar.training.run import finetune, pretrain
-from polar.training.trainer import RewardTrainer
+from polar.training.trainer import Discriminator, RewardTrainer
 
 peft = pytest.importorskip("peft")
 

@@ -29,11 +29,10 @@ from polar.core.errors import TerminatedError
 from polar.training.batches import Collator, examples_from_preferences, examples_from_triples
 from polar.training.checkpoints import COMPLETE, newest_complete
 from polar.training.config import FinetuneConfig, PretrainConfig
-from polar.training.discriminator import Discriminator
 from polar.training.init_model import BOS, PAD, ScratchConfig, train_tokenizer
 from polar.training.objectives import lexical_targets
 from polar.training.run import finetune, pretrain
-from polar.training.trainer import RewardTrainer
+from polar.training.trainer import Discriminator, RewardTrainer
 
 SMALL = ScratchConfig(
     vocab_size=400, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, max_positions=512

@@ -14,8 +14,7 @@ from polar.cli.progress import progress_bar
 from polar.core.errors import InputError
 from polar.core.files import on_disk
 from polar.corpus.sample import SampleReport
-from polar.rft.dataset import DataReport, Reading, first_examples, read_tasks, write_tasks
-from polar.rft.layouts import Framework
+from polar.rft.dataset import DataReport, Framework, Reading, first_examples, read_tasks, write_tasks
 from polar.rft.references import Asking, ask_for_references, with_references
 
 

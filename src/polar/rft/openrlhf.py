@@ -5,7 +5,7 @@ It is given as the path of this file::
     --reward.remote_url $(python -c "import polar.rft.openrlhf as f; print(f.__file__)")
     --data.label_key label
 
-There is no place for settings in its config, so they stand in the environment (`polar.rft.settings`); on a Ray cluster
+There is no place for settings in its config, so they stand in the environment (`polar.rft.reward`); on a Ray cluster
 that is the environment of the workers. The label is the reference, or what `polar rft-data --for openrlhf` writes: the
 prompt without the marks of the chat template, and one or more references. OpenRLHF logs an exception of this function
 and goes on without the reward, until it stops for want of it; with a floor it goes on with that.

@@ -6,7 +6,7 @@ It is made known in a file that is given as --external_plugins::
     from polar.rft.swift import PolarReward
     orms["polar"] = PolarReward
 
-and then `--reward_funcs polar`. Settings stand in the environment (`polar.rft.settings`). The reference is a column of
+and then `--reward_funcs polar`. Settings stand in the environment (`polar.rft.reward`). The reference is a column of
 the data set: `references`, `reference` or `solution`.
 """
 
@@ -27,7 +27,7 @@ class PolarReward:
 
     Args:
         args: The training arguments, which ms-swift hands over; not used.
-        settings: `polar.rft.settings.Settings`, for use from Python.
+        settings: `polar.rft.reward.Settings`, for use from Python.
     """
 
     def __init__(self, args: Any = None, **settings: Any) -> None:

@@ -21,9 +21,8 @@ from polar.core.records import Aggregate, Group, Text, aggregated, groups_of
 from polar.core.text import opens_thinking
 from polar.data.fields import Row, as_content
 from polar.model.reward_model import RewardModel
-from polar.rft.reward import Reward, reward_for
+from polar.rft.reward import Reward, Settings, read_settings, reward_for
 from polar.rft.sample import Sample, Thinking, as_scored, read_sample
-from polar.rft.settings import Settings, read_settings
 
 RewardFunction = Callable[..., list[float]]
 """Called by keyword: prompts, completions, and the other columns of the data set; gives one reward per completion."""
@@ -43,7 +42,7 @@ def polar_reward(
     """A reward function that scores completions by their closeness to the references of their prompts.
 
     Completions that share prompt and references are scored as one group, so the shared part of their inputs is computed
-    once. Scale, aggregate and thinking that are left out are looked up in the environment (`polar.rft.settings`).
+    once. Scale, aggregate and thinking that are left out are looked up in the environment (`polar.rft.reward`).
 
     Args:
         model: A reward model or a checkpoint: a directory, a hub name, or "polar-nano" for the bundled one, which is

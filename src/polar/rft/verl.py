@@ -7,7 +7,7 @@ From verl 0.7.1 on, also in 0.9: one sample per call, many calls at a time (`com
     +reward.custom_reward_function.reward_kwargs.address=127.0.0.1:30000
 
 and `compute_score_batch` for verl 0.5 to 0.7.0, whose reward manager is "batch". What can stand in reward_kwargs, or in
-the environment, is told in `polar.rft.settings`. The data are those of `polar rft-data`: the prompt is read from
+the environment, is in `polar.rft.reward.Settings`. The data are those of `polar rft-data`: the prompt is read from
 extra_info, the references from extra_info["references"], extra_info["reference"] or the ground truth.
 """
 
@@ -42,7 +42,7 @@ async def compute_score(
         extra_info: Holds the prompt; an object, or one in JSON.
         reward_router_address: Of a reward model that verl runs itself; not used.
         reward_model_tokenizer: Of the same; not used.
-        settings: `polar.rft.settings.Settings`.
+        settings: `polar.rft.reward.Settings`.
 
     Returns:
         score, failed (1: it is the floor) and no_answer (1: the output was nothing but thinking), always all three,

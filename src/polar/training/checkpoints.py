@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from polar.core.checkpoint import CHECKPOINT_FILE
 from polar.core.errors import InputError, TerminatedError
-from polar.data.writers import on_disk
+from polar.core.files import on_disk, write_text
 from polar.model.files import own_files
 from polar.training.config import TrainConfig
 from polar.training.distributed import Sharding, largest
@@ -60,9 +60,7 @@ class MarkComplete(TrainerCallback):
         processes.wait_for_everyone()
         if processes.is_main_process:
             checkpoint = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            unfinished = checkpoint / f"{COMPLETE}.tmp"
-            unfinished.write_text(json.dumps(asdict(self.layout)), "utf-8")
-            unfinished.replace(checkpoint / COMPLETE)
+            write_text(checkpoint / COMPLETE, json.dumps(asdict(self.layout)))
 
 
 class StopOnSignal(TrainerCallback):

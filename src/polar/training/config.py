@@ -1,7 +1,8 @@
-"""What a training run is told. The resolved values are saved as `config.yaml` beside the result."""
+"""Options of a training run. The resolved values are saved as `config.yaml` beside the result."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -10,10 +11,15 @@ import yaml
 from cyclopts import Parameter
 
 from polar.core.errors import InputError
+from polar.core.files import write_text
 from polar.training.init_model import ScratchConfig
 from polar.training.objectives import Objective, Ranked
-from polar.training.schedules import Schedule
 from polar.training.trackers import Tracker, check_trackers
+
+Schedule = Literal["cosine", "linear", "wsd", "constant"]
+
+COSINE_END = 0.1
+"""What the cosine falls to, as in the original configurations of POLAR."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,10 +151,8 @@ class TrainConfig:
         return Objective(self.ranked, self.centering)
 
     def save(self, path: Path) -> None:
-        """Write the resolved values as YAML in one step; `--config` reads them back."""
-        unfinished = path.with_name(f"{path.name}.tmp")
-        unfinished.write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True), "utf-8")
-        unfinished.replace(path)
+        """Write the resolved values as YAML; `--config` reads them back."""
+        write_text(path, yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True))
 
 
 @Parameter(name="*")
@@ -162,7 +166,7 @@ class PretrainConfig(TrainConfig):
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
     """Size of a network from scratch."""
     lexical_weight: float = 0.0
-    """Weight of the lexical probes, an auxiliary loss that a network from scratch needs (about 1)."""
+    """Weight of the lexical auxiliary loss, which a network from scratch needs (about 1)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,3 +178,27 @@ class PretrainConfig(TrainConfig):
 @dataclass(kw_only=True)
 class FinetuneConfig(TrainConfig):
     """Options of fine-tuning: a reward model from preferences with a reference."""
+
+
+def peak_share(step: int, steps: int, *, schedule: Schedule, warmup: float, decay: float) -> float:
+    """Return the share of the peak learning rate that one optimizer step has.
+
+    The warm-up starts above 0, at least one step has the peak, and the last step is above 0: no step is wasted, however
+    short the run is. (A schedule that starts at 0 learns nothing from its first step, and nothing in a run of one.)
+
+    Args:
+        step: From 0 to steps - 1.
+        steps: Of the whole run.
+        schedule: What follows the warm-up. "wsd" (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395) stays at
+            the peak until it falls linearly at the end.
+        warmup: Share of the steps in which it rises, rounded up.
+        decay: Share of the steps in which "wsd" falls, rounded up.
+    """
+    rising = min(math.ceil(warmup * steps), steps - 1)
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    falling = {"wsd": min(math.ceil(decay * steps), steps - rising), "constant": 0}.get(schedule, steps - rising)
+    fallen = max(0, step - (steps - falling)) / max(1, falling)
+    if schedule == "cosine":
+        return COSINE_END + (1 - COSINE_END) * (1 + math.cos(math.pi * fallen)) / 2
+    return 1 - fallen

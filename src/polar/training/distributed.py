@@ -47,7 +47,7 @@ def largest(number: int) -> int:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def fail_together() -> Iterator[None]:
     """What is wrong in this block on one process is raised by all of them.
 
     All processes come to the end of the block, and nothing in it waits for another process.
@@ -84,7 +84,7 @@ def alone() -> Iterator[None]:
 def from_main(work: Callable[[], T]) -> T:
     """What this gives on the main process, on every process; only the main process does it."""
     found: list[Any] = [None]
-    with together():
+    with fail_together():
         if PartialState().is_main_process:
             found = [work()]
     given: T = broadcast_object_list(found)[0]

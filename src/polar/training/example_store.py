@@ -16,8 +16,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from polar.core.errors import InputError
+from polar.core.files import new_file, on_disk
 from polar.core.template import EncodedGroup, Truncation
-from polar.data.writers import on_disk
 from polar.model.tree import row_length
 from polar.training.batches import Example
 
@@ -84,21 +84,19 @@ def write_examples(
     Raises:
         InputError: there are no examples, or the disk is full.
     """
-    temporary = path.with_suffix(".tmp")
     schema = SCHEMA.with_metadata({FINGERPRINT: json.dumps(fingerprint).encode()})
     with on_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with on_disk(path), pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
+            left.unlink()
+    with new_file(path) as file, on_disk(path):
+        with pa.ipc.new_file(file, schema) as writer:
             for rows in _batches(examples):
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
             found = {SUMMARY: json.dumps(summary()).encode()}
             writer.write_batch(pa.RecordBatch.from_pylist([], schema=schema), found)
         if writer.stats.num_record_batches == 1:
             raise InputError("no training examples; expected at least one row to train on")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return ExampleStore(path)
 
 

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from polar.core.errors import InputError
-from polar.training.distributed import together
+from polar.training.distributed import fail_together
 
 
 class FiniteLosses(TrainerCallback):
@@ -38,7 +38,7 @@ class FiniteLosses(TrainerCallback):
         """
         losses, names = torch.stack(self._losses), self._names
         self._losses, self._names = [], []
-        with together():
+        with fail_together():
             for number in torch.nonzero(~torch.isfinite(losses)).flatten().tolist()[:1]:
                 raise self._not_finite(losses[number].item(), names[number])
 

@@ -73,7 +73,7 @@ class Objective:
         return better_P if self.ranked == "all_pairs" else torch.unique(better_P)
 
 
-class LexicalProbes(nn.Module):
+class LexicalAuxiliaryLoss(nn.Module):
     """Two linear probes whose targets are known for every candidate token; thrown away after training.
 
     A network from scratch gets one bit per pair from Bradley-Terry and stays at chance for a long time: it must first

@@ -18,34 +18,38 @@ from tokenizers import Tokenizer
 
 from polar.core.checkpoint import BUNDLED_NAME, CHECKPOINT_FILE, checkpoint_directory
 from polar.core.errors import InputError
+from polar.core.files import on_disk
 from polar.core.records import Preference, Triple, text_of
 from polar.data.readers import read_preferences, read_triples
-from polar.data.writers import on_disk
 from polar.model.adapters import is_adapter, require_peft
 from polar.model.files import put_in_place
 from polar.model.reward_model import RewardModel
-from polar.training.arguments import training_arguments, uses_bf16
-from polar.training.batches import Collator, Example, examples_from_preferences, examples_from_triples
+from polar.training.batches import (
+    Collator,
+    Cut,
+    Example,
+    drop_equal_pairs,
+    examples_from_preferences,
+    examples_from_triples,
+    require_several_policies,
+)
 from polar.training.checkpoints import Layout, MarkComplete, StopOnSignal, begin_run
-from polar.training.checks import Cut, of_several_policies, told_apart
-from polar.training.config import FinetuneConfig, PretrainConfig, TrainConfig
-from polar.training.discriminator import Discriminator
+from polar.training.config import FinetuneConfig, PretrainConfig, TrainConfig, peak_share
 from polar.training.distributed import (
+    fail_together,
     from_main,
     gathered,
     join_processes,
     reduce_in_float32,
     sharding,
-    together,
 )
 from polar.training.example_store import ExampleStore, fingerprint_of, open_examples, write_examples
 from polar.training.init_model import fitting_lengths, from_language_model, from_scratch, train_tokenizer
 from polar.training.lora import add_adapters
 from polar.training.origin import Reading, base_facts, provenance_of
-from polar.training.schedules import peak_share
 from polar.training.stream import BatchStream
 from polar.training.trackers import Trackers
-from polar.training.trainer import RewardTrainer
+from polar.training.trainer import Discriminator, RewardTrainer, training_arguments, uses_bf16
 
 log = logging.getLogger(__name__)
 
@@ -69,15 +73,15 @@ def pretrain(config: PretrainConfig) -> RewardModel:
     join_processes()
     if config.model == "scratch":
         tokenizer = from_main(lambda: _tokenizer(config))
-        with together():
+        with fail_together():
             start = _scratch_model(config, tokenizer)
     else:
-        with together():
+        with fail_together():
             start = _starting_model(config)
     template = start.template
 
     def examples(triples: Iterable[Triple]) -> Iterator[Example]:
-        return examples_from_triples(of_several_policies(triples), template)
+        return examples_from_triples(require_several_policies(triples), template)
 
     return _train(config, start, read_triples, examples, config.lexical_weight)
 
@@ -88,7 +92,7 @@ def finetune(config: FinetuneConfig) -> RewardModel:
     Result and errors as in `pretrain`.
     """
     join_processes()
-    with together():
+    with fail_together():
         start = _starting_model(config)
     template = start.template
 
@@ -107,7 +111,7 @@ def _train(
 ) -> RewardModel:
     output = Path(config.output)
     run = output / "run"
-    with together():
+    with fail_together():
         layout = Layout(PartialState().num_processes, config.batch_size, sharding(config.fsdp))
     checkpoint = from_main(lambda: begin_run(config, layout))
     base = from_main(lambda: base_facts(config))
@@ -119,7 +123,7 @@ def _train(
         if found is not None:
             return found
         reading, cut = Reading(read, paths, config.on_bad_row), Cut()
-        made = told_apart(cut.count(encoded(reading)))
+        made = drop_equal_pairs(cut.count(encoded(reading)))
         return write_examples(file, made, fingerprint, lambda: {"data": reading.facts(), "cut": asdict(cut)})
 
     training = from_main(lambda: examples("examples.arrow", config.data, keep=checkpoint is not None))
@@ -129,7 +133,7 @@ def _train(
     objective = config.objective()
     _prepare(start.model, config)
     stop = StopOnSignal(config.resume)
-    with together():
+    with fail_together():
         stream = _stream(config, training)
         trackers = Trackers(config.report_to, output, asdict(config))
     trainer = RewardTrainer(
@@ -165,7 +169,7 @@ def _train(
         start.template,
         provenance_of(config, base, training.summary["data"], held_out.summary["data"] if held_out else [], summary),
     )
-    with together():
+    with fail_together():
         if trainer.is_world_process_zero():
             trainer.save_state()
             _publish(trained, output)

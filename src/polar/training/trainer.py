@@ -1,23 +1,27 @@
-"""Hugging Face Trainer on a stream of tree batches."""
+"""A reward model and its loss as one module, and Hugging Face Trainer on a stream of tree batches."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from polar.core.errors import InputError
+from polar.model.tree import TreeBatch, hidden_states, rewards
 from polar.training.batches import Example
+from polar.training.config import TrainConfig
 from polar.training.distributed import alone
 from polar.training.finite import FiniteLosses
+from polar.training.objectives import LexicalAuxiliaryLoss, Objective
 from polar.training.progress import Progress
 from polar.training.speed import Meter
 from polar.training.stream import BatchStream, held_out_batches
@@ -32,7 +36,7 @@ class RewardTrainer(Trainer):
         Args:
             stream: The micro-batches of the run.
             share: Share of the peak learning rate in a step, given the step and the number of steps
-                (`polar.training.schedules`); default: what `args` say.
+                (`polar.training.config.peak_share`); default: what `args` say.
             kwargs: What `Trainer` takes.
         """
         super().__init__(**kwargs)
@@ -132,3 +136,103 @@ class RewardTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+class Discriminator(nn.Module):
+    """A reward model together with its loss, so that any data-parallel wrapper sees one forward call."""
+
+    accepts_loss_kwargs = True
+    """Trainer then gives `num_items_in_batch`: the labels of the whole optimizer step, over all its micro-batches and
+    machines. It neither divides the loss by the number of micro-batches then, nor lets machines count as equal."""
+
+    def __init__(self, model: Any, lexical_weight: float = 0.0, objective: Objective | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self._no_split_modules = model._no_split_modules  # what FSDP shards: the layers
+        self.objective = objective or Objective()
+        self.probes = LexicalAuxiliaryLoss(model.config.hidden_size) if lexical_weight > 0 else None
+        self.lexical_weight = lexical_weight
+        if not all(weight.requires_grad for weight in model.parameters()):  # adapters are trained
+            self.register_state_dict_post_hook(_leave_out_frozen)  # type: ignore[no-untyped-call]
+            self.register_load_state_dict_post_hook(_need_no_frozen)  # type: ignore[no-untyped-call]
+
+    def forward(
+        self,
+        batch: TreeBatch,
+        better_P: Tensor,
+        worse_P: Tensor,
+        margin_N: Tensor,
+        labels: Tensor,
+        names: Sequence[str],
+        overlap_BT: Tensor | None = None,
+        closeness_BT3: Tensor | None = None,
+        select_BT: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """This batch's share of the mean loss over all comparisons of the optimizer step, and the margins of its pairs.
+
+        The names of the examples are not needed: they belong to the batch, for messages (`polar.training.finite`).
+        """
+        output = hidden_states(self.model, batch, output_hidden_states=self.probes is not None)
+        rewards_N = rewards(self.model, batch, output.last_hidden_state)
+        loss = self.objective(rewards_N, better_P, worse_P, margin_N)
+        if self.probes is not None and overlap_BT is not None and closeness_BT3 is not None and select_BT is not None:
+            middle_BTH = output.hidden_states[len(output.hidden_states) // 2]
+            auxiliary = self.probes(middle_BTH, output.last_hidden_state, overlap_BT, closeness_BT3, select_BT)
+            loss = loss + len(labels) * self.lexical_weight * auxiliary
+        loss = loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+        return {"loss": loss, "margins": rewards_N[better_P] - rewards_N[worse_P]}
+
+
+def _saved(module: nn.Module) -> set[str]:
+    """Names of what a checkpoint of the run holds: frozen weights are those of the base model, on disk already."""
+    trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
+    return trained | {name for name, _ in module.named_buffers()}
+
+
+def _leave_out_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    for name in state.keys() - {prefix + name for name in _saved(module)}:
+        del state[name]
+
+
+def _need_no_frozen(module: nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name in _saved(module)]
+
+
+def training_arguments(config: TrainConfig, run: Path, evaluate: bool) -> TrainingArguments:
+    """Return the arguments of a run in a directory; batches and the learning rate over time are not among them.
+
+    Those are in the stream (`polar.training.stream`) and in the schedule (`polar.training.config.peak_share`).
+    """
+    return TrainingArguments(
+        output_dir=str(run),
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        num_train_epochs=1,  # all epochs and steps are in the stream
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        adam_beta2=config.adam_beta2,
+        max_grad_norm=config.max_grad_norm,
+        bf16=uses_bf16(config),
+        seed=config.seed,
+        logging_steps=config.log_steps,
+        logging_nan_inf_filter=False,  # such a loss ends the run
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=config.eval_steps if evaluate else None,
+        report_to="none",  # trackers are told our own settings (`polar.training.trackers`)
+        remove_unused_columns=False,
+        label_names=[],
+        dataloader_num_workers=0,
+        use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,  # every trained weight takes part in every loss
+        fsdp=config.fsdp,  # type: ignore[arg-type]  # a flag; its type is that of an older form
+        fsdp_config={"version": 2, "state_dict_type": "SHARDED_STATE_DICT"},
+    )
+
+
+def uses_bf16(config: TrainConfig) -> bool:
+    """Return whether products are computed in bfloat16."""
+    return torch.cuda.is_available() if config.bf16 is None else config.bf16

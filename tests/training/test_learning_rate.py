@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar.training.schedules import peak_share
+from polar.training.config import peak_share
 
 SCHEDULES = ["cosine", "linear", "wsd", "constant"]
 

@@ -14,8 +14,13 @@ from polar.cli.main import main
 from polar.data.readers import read_preferences
 from polar.data.writers import open_writer
 from polar.training import example_store
-from polar.training.batches import Example, examples_from_preferences, examples_from_triples
-from polar.training.checks import of_several_policies, told_apart
+from polar.training.batches import (
+    Example,
+    drop_equal_pairs,
+    examples_from_preferences,
+    examples_from_triples,
+    require_several_policies,
+)
 from polar.training.config import PretrainConfig
 from polar.training.example_store import write_examples
 from polar.training.init_model import ScratchConfig
@@ -30,7 +35,7 @@ def triple(number: int, policy: str | None, negative_policy: str | None) -> Trip
 
 
 def test_a_triple_whose_candidates_are_by_one_policy_is_refused_at_once() -> None:
-    triples = of_several_policies([triple(1, "a", "b"), triple(2, "b", "b"), triple(3, "a", "b")])
+    triples = require_several_policies([triple(1, "a", "b"), triple(2, "b", "b"), triple(3, "a", "b")])
     assert next(triples).policy == "a"
     with pytest.raises(InputError, match=r"^triple 2: positive and negative are both by the policy 'b'"):
         next(triples)
@@ -38,7 +43,7 @@ def test_a_triple_whose_candidates_are_by_one_policy_is_refused_at_once() -> Non
 
 def test_triples_that_name_one_policy_in_all_are_refused() -> None:
     with pytest.raises(InputError, match=r"^all 2 triples name the same single policy, 'a'; expected negatives"):
-        list(of_several_policies([triple(1, "a", None), triple(2, "a", None)]))
+        list(require_several_policies([triple(1, "a", None), triple(2, "a", None)]))
 
 
 @pytest.mark.parametrize(
@@ -48,12 +53,12 @@ def test_other_triples_pass_as_they_are(
     policies: list[tuple[str | None, str | None]], caplog: pytest.LogCaptureFixture
 ) -> None:
     triples = [triple(number, *names) for number, names in enumerate(policies)]
-    assert list(of_several_policies(triples)) == triples
+    assert list(require_several_policies(triples)) == triples
     assert not caplog.records
 
 
 def test_a_policy_that_gives_all_positives_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    assert len(list(of_several_policies([triple(1, "a", "b"), triple(2, "a", "c")]))) == 2
+    assert len(list(require_several_policies([triple(1, "a", "b"), triple(2, "a", "c")]))) == 2
     assert "all references and positives are by the policy 'a'" in caplog.text
 
 
@@ -64,14 +69,14 @@ def test_equal_candidates_are_counted_and_kept(template: Template, caplog: pytes
         Preference("p", "r", ("good", "good", "bad")),
         Preference("p", "r", (long + "and more", long + "but not")),
     ]
-    assert len(list(told_apart(examples_from_preferences(preferences, template)))) == 3
+    assert len(list(drop_equal_pairs(examples_from_preferences(preferences, template)))) == 3
     assert "both candidates are the same in 2 of 5 comparisons" in caplog.text
 
 
 def test_nothing_but_equal_candidates_is_refused(template: Template) -> None:
     triples = [Triple("p", "r", f"{number}", f"{number}") for number in range(3)]
     with pytest.raises(InputError, match=r"^both candidates are the same in all 3 comparisons"):
-        list(told_apart(examples_from_triples(triples, template)))
+        list(drop_equal_pairs(examples_from_triples(triples, template)))
 
 
 def refused(tmp_path: Path, rows: list[dict[str, Any]], **values: Any) -> str:
