@@ -310,7 +310,7 @@ def test_micro_batches_ask_no_other_process(triples: str, tmp_path: Path, monkey
         asked.append(number)
         return number
 
-    for module in ("processes", "checkpoints"):
+    for module in ("distributed", "checkpoints"):
         monkeypatch.setattr(f"polar.training.{module}.largest", largest)
     counts = []
     for number, (steps, parts) in enumerate([(1, 1), (2, 1), (2, 4)]):
