@@ -97,6 +97,7 @@ def test_openrlhf_asks_the_route_of_the_server(server: Process) -> None:
 def test_a_failure_leaves_no_reward_in_openrlhf(monkeypatch: pytest.MonkeyPatch) -> None:
     """It swallows the exception; what matters is that nothing stands in its place."""
     monkeypatch.setenv("POLAR_REWARD_ADDRESS", "127.0.0.1:9")
+    monkeypatch.setenv("POLAR_REWARD_MODEL", "polar-nano")
     monkeypatch.setenv("POLAR_REWARD_DEADLINE", "0.5")
     response = rollout(OUTPUTS[0], "Beijing.", polar.rft.openrlhf.__file__)
     assert response["reward"] is None

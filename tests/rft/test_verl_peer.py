@@ -145,7 +145,8 @@ def test_the_naive_reward_manager_gives_the_rewards_of_the_local_model(
 
 
 def test_a_failure_is_an_exception_or_the_floor_with_the_same_keys(tokenizer: Any) -> None:
-    nobody = config_for("127.0.0.1:9", "reward.custom_reward_function.reward_kwargs.deadline=0.5")
+    kwargs = "reward.custom_reward_function.reward_kwargs"
+    nobody = config_for("127.0.0.1:9", f"{kwargs}.model=polar-nano", f"{kwargs}.deadline=0.5")
     for error in run_naive(nobody, tokenizer, ROWS[:3]):
         assert isinstance(error, RewardError)
         assert "sums:" in str(error)
