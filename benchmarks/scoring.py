@@ -46,7 +46,8 @@ import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from polar import BUNDLED_MODEL, RewardModel, Template
+from polar import RewardModel, Template
+from polar.core.checkpoint import BUNDLED
 from polar.core.template import EncodedGroup
 from polar.model.tree import rewards, tree_batch
 
@@ -148,7 +149,7 @@ def main() -> None:
 
 def save_random_model(directory: Path) -> None:
     """A Llama whose rewards spread, with the template of the bundled model."""
-    template = Template.load(BUNDLED_MODEL).with_lengths(2048, 512)
+    template = Template.load(BUNDLED["polar-nano"]).with_lengths(2048, 512)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8192,
@@ -162,7 +163,7 @@ def save_random_model(directory: Path) -> None:
         num_labels=1,  # type: ignore[call-arg]  # taken by the base class
         initializer_range=0.06,
     )
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED["polar-nano"])
     RewardModel(LlamaForSequenceClassification(config), tokenizer, template).save(directory)
 
 

@@ -44,7 +44,8 @@ import httpx2
 import torch
 from scoring import save_random_model, vllm_server
 
-from polar import BUNDLED_MODEL, Group, RewardModel, Template
+from polar import Group, RewardModel, Template
+from polar.core.checkpoint import BUNDLED
 
 CANDIDATES = 8
 Ask = Callable[[httpx2.AsyncClient, int, str], Awaitable[list[float]]]
@@ -115,7 +116,7 @@ def main() -> None:
 
 def random_groups(count: int) -> list[Group]:
     """Texts of known lengths in tokens, about."""
-    tokenizer, generator = Template.load(BUNDLED_MODEL).tokenizer, random.Random(0)
+    tokenizer, generator = Template.load(BUNDLED["polar-nano"]).tokenizer, random.Random(0)
 
     def text(mean: int) -> str:
         length = max(10, round(generator.gauss(mean, mean / 4)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from transformers import (
 
 from polar import RewardModel, Template, TemplateSettings
 from polar.training.init_model import BOS, PAD, SCORE, SPLIT, train_tokenizer
+
+for command in ("SCORE", "RANK", "EVAL", "PARITY", "SERVE"):  # where the model does not matter, the smallest is taken
+    os.environ[f"POLAR_{command}_MODEL"] = "polar-nano"
 
 torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from polar import BUNDLED_MODEL
 from polar.cli.main import main
+from polar.core.checkpoint import BUNDLED
 from polar.model.export import export
 
 ROOT = Path(__file__).parents[1]
@@ -128,10 +128,10 @@ def run(python: str, program: str, *words: str) -> str:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_engines_own_parser_takes_the_command_and_no_other(engine: str, tmp_path: Path) -> None:
     python = python_of(engine)
-    words = words_of(engine, tmp_path / "bin", str(BUNDLED_MODEL), "8123")
+    words = words_of(engine, tmp_path / "bin", str(BUNDLED["polar-nano"]), "8123")
     (line,) = re.findall("^PARSED (.*)", run(python, PARSERS[engine] + CHECK, json.dumps(words[1:])), re.M)
     kind = {"vllm": "pooling", "sglang": True, "lmdeploy": "pytorch"}[engine]
-    assert json.loads(line) == [str(BUNDLED_MODEL), kind, "bfloat16", "127.0.0.1", 8123, False]
+    assert json.loads(line) == [str(BUNDLED["polar-nano"]), kind, "bfloat16", "127.0.0.1", 8123, False]
 
 
 @pytest.mark.slow

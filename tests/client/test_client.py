@@ -278,7 +278,7 @@ def test_the_key_is_sent_and_never_shown(served: Path, monkeypatch: pytest.Monke
 
 
 def test_the_bundled_checkpoint_has_probes() -> None:
-    from polar import BUNDLED_MODEL
+    from polar.core.checkpoint import BUNDLED
 
-    assert len(json.loads((BUNDLED_MODEL / CHECKPOINT_FILE).read_text())["probes"]) == 3
+    assert len(json.loads((BUNDLED["polar-nano"] / CHECKPOINT_FILE).read_text())["probes"]) == 3
     AsyncRewardModelClient("polar-nano")

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PretrainedConfig, Qwen2Config, Qwen2Model
 
-from polar import BUNDLED_MODEL, Comparison, InputError, RewardModel, Template
+from polar import Comparison, InputError, RewardModel, Template
 from polar.cli.main import main
-from polar.core.checkpoint import read_checkpoint_file
+from polar.core.checkpoint import BUNDLED, read_checkpoint_file
 from polar.model import export as exporting
 from polar.model.export import AUTO_MAP, export
 from polar.model.internlm2 import convert
@@ -151,9 +151,9 @@ def test_shards_of_the_source_are_read_through_their_index(converted, tmp_path):
 def test_the_bundled_model_is_exported(tmp_path):
     export("polar-nano", tmp_path / "out", "lmdeploy")
     config = read_json(tmp_path / "out" / "config.json")
-    settings = Template.load(BUNDLED_MODEL).settings
+    settings = Template.load(BUNDLED["polar-nano"]).settings
     assert (config["reward_token_id"], config["split_token_id"]) == (settings.score_token_id, settings.split_token_id)
-    llama = read_json(BUNDLED_MODEL / "config.json")
+    llama = read_json(BUNDLED["polar-nano"] / "config.json")
     found = {name: tuple(tensor.shape) for name, tensor in all_tensors(tmp_path / "out").items()}
     assert found == source_shapes(llama, "InternLM2ForRewardModel")
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from polar import BUNDLED_MODEL, RewardModel, Template
+from polar import RewardModel, Template
 from polar.client.probe import diagnose
-from polar.core.checkpoint import CHECKPOINT_FILE, Probe, read_probes
+from polar.core.checkpoint import BUNDLED, CHECKPOINT_FILE, Probe, read_probes
 from polar.model.export import export
 from polar.model.internlm2 import convert
 from polar.model.probes import COMPARISONS, write_probes
@@ -59,8 +59,8 @@ def test_a_conversion_and_its_export_carry_probes(tmp_path: Path) -> None:
 
 
 def test_the_bundled_model_has_the_probes_that_it_would_get_today(tmp_path: Path) -> None:
-    probes = read_probes(BUNDLED_MODEL)
-    assert_true(probes, BUNDLED_MODEL)
+    probes = read_probes(BUNDLED["polar-nano"])
+    assert_true(probes, BUNDLED["polar-nano"])
     for dtype in ("float32", "bfloat16", "float16"):
         model = RewardModel.load(dtype=dtype)
         answers = [rewards[0] for rewards in model.score_encoded([model.template.encode(c) for c in COMPARISONS])]

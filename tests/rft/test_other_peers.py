@@ -16,7 +16,7 @@ import torch
 
 import polar.rft.openrlhf
 from polar import Comparison, Message, RewardModel
-from polar.core.checkpoint import BUNDLED_MODEL
+from polar.core.checkpoint import BUNDLED
 from polar.data.formats import label_of
 from tests.serving.serving import Process, serving
 
@@ -50,7 +50,7 @@ def rollout(output: str, label: str, remote_rm_url: Any) -> Any:
     from openrlhf.utils.agent import SingleTurnAgentExecutor
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(BUNDLED_MODEL / "tokenizer.json"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(BUNDLED["polar-nano"] / "tokenizer.json"))
     answer = tokenizer.encode(output, add_special_tokens=False)
 
     class Engine:

@@ -18,7 +18,7 @@ import pytest
 
 from polar import Comparison, Message, RewardError, RewardModel
 from polar.cli.main import main
-from polar.core.checkpoint import BUNDLED_MODEL
+from polar.core.checkpoint import BUNDLED
 from polar.rft.prompts import BOXED
 from tests.serving.serving import Process, serving
 
@@ -48,7 +48,7 @@ def tokenizer() -> Any:
     """Of the policy."""
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(tokenizer_file=str(BUNDLED_MODEL / "tokenizer.json"), pad_token="<|pad|>")
+    return PreTrainedTokenizerFast(tokenizer_file=str(BUNDLED["polar-nano"] / "tokenizer.json"), pad_token="<|pad|>")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def policy(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory that verl can load the policy's tokenizer from."""
     directory = tmp_path_factory.mktemp("policy")
     tokenizer.save_pretrained(directory)
-    shutil.copy(BUNDLED_MODEL / "config.json", directory)
+    shutil.copy(BUNDLED["polar-nano"] / "config.json", directory)
     return directory
 
 

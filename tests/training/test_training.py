@@ -23,8 +23,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from polar import BUNDLED_MODEL, Comparison, Group, InputError, Preference, RewardModel, Template, Triple
+from polar import Comparison, Group, InputError, Preference, RewardModel, Template, Triple
 from polar.cli.main import main
+from polar.core.checkpoint import BUNDLED
 from polar.core.errors import TerminatedError
 from polar.training.batches import Collator, examples_from_preferences, examples_from_triples
 from polar.training.checkpoints import COMPLETE, newest_complete
@@ -451,7 +452,7 @@ def test_the_bundled_model_can_be_finetuned_by_trl(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     data = datasets.Dataset.from_list([{"prompt": "2+2?", "chosen": " 4", "rejected": " five"}] * 4)
     trainer = trl.RewardTrainer(
-        model=str(BUNDLED_MODEL),
+        model=str(BUNDLED["polar-nano"]),
         args=trl.RewardConfig(
             output_dir=str(tmp_path),
             max_steps=1,

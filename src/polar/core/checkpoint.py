@@ -21,9 +21,11 @@ from polar.core.records import Group
 CHECKPOINT_FILE = "polar.json"
 """Our own file in a checkpoint directory: template, calibration, probes, provenance."""
 
-BUNDLED_NAME = "polar-nano"
-BUNDLED_MODEL = Path(__file__).parents[1] / "checkpoints" / BUNDLED_NAME
-"""Directory of the small reward model that ships with the package."""
+BUNDLED = {name: Path(__file__).parents[1] / "checkpoints" / name for name in ("polar-mini", "polar-nano")}
+"""The directories of the reward models that come with the package, by name."""
+BUNDLED_NAME = "polar-mini"
+"""The one that is taken where none is named."""
+BUNDLED_MODEL = BUNDLED[BUNDLED_NAME]
 
 Scale = Literal["raw", "zscore", "probability"]
 """raw: the reward. zscore: (reward - mean) / std. probability: that the answer would be preferred to the reference."""
@@ -37,8 +39,8 @@ def checkpoint_directory(path_or_hub_id: str | Path) -> Path:
 
     Errors as in `local_directory`.
     """
-    if str(path_or_hub_id) == BUNDLED_NAME:
-        return BUNDLED_MODEL
+    if str(path_or_hub_id) in BUNDLED:
+        return BUNDLED[str(path_or_hub_id)]
     return local_directory(path_or_hub_id, ["*.safetensors", "*.json"])
 
 
@@ -67,11 +69,11 @@ def served_directory(path: str | Path) -> Path:
     Raises:
         InputError: there is none.
     """
-    directory = BUNDLED_MODEL if str(path) == BUNDLED_NAME else Path(str(path)).expanduser()
+    directory = BUNDLED.get(str(path)) or Path(str(path)).expanduser()
     if not directory.is_dir():
         raise InputError(
             f"{path}: no such directory; expected the checkpoint that is served (`polar convert` makes one of an "
-            f"official POLAR model), or {BUNDLED_NAME}"
+            f"official POLAR model), or {' or '.join(BUNDLED)}"
         )
     return directory
 

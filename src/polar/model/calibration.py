@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from polar.core.checkpoint import BUNDLED_NAME, Calibration, save_calibration
+from polar.core.checkpoint import BUNDLED, Calibration, save_calibration
 from polar.core.errors import InputError
 from polar.core.files import new_directory, on_disk
 from polar.core.records import Group, Preference
@@ -150,5 +150,5 @@ def save_calibrated_copy(source: Path, target: Path, calibration: Calibration) -
 
 def require_own(model: str) -> None:
     """Raise an `InputError` for the bundled model and for hub names, which are not ours to write to."""
-    if model == BUNDLED_NAME or not Path(model).expanduser().is_dir():
+    if model in BUNDLED or not Path(model).expanduser().is_dir():
         raise InputError(f"{model}: not a directory of yours; give --output DIR for a calibrated copy")

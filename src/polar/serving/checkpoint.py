@@ -14,8 +14,7 @@ from starlette.responses import JSONResponse
 
 from polar.client.client import AsyncRewardModelClient
 from polar.core.checkpoint import (
-    BUNDLED_MODEL,
-    BUNDLED_NAME,
+    BUNDLED,
     Calibration,
     checkpoint_directory,
     local_directory,
@@ -169,7 +168,7 @@ def load_template(source: str, loading: Loading, servers: Callable[[Path], Async
     Raises:
         InputError: There is no usable checkpoint at that place, or an address is unusable.
     """
-    directory = BUNDLED_MODEL if source == BUNDLED_NAME else local_directory(source, ["*.json"])
+    directory = BUNDLED.get(source) or local_directory(source, ["*.json"])
     template = Template.load(directory, loading.compat).with_lengths(loading.max_length, loading.max_response_length)
     return _checkpoint(source, directory, template, servers=servers(directory))
 

@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from tokenizers import Tokenizer
 
-from polar.core.checkpoint import BUNDLED_NAME, CHECKPOINT_FILE, checkpoint_directory
+from polar.core.checkpoint import BUNDLED, CHECKPOINT_FILE, checkpoint_directory
 from polar.core.errors import InputError
 from polar.core.files import on_disk
 from polar.core.records import Preference, Triple, text_of
@@ -232,7 +232,7 @@ def _starting_model(config: TrainConfig) -> RewardModel:
             raise InputError("lora: every process needs a copy of the model; fsdp and deepspeed are for all weights")
     dtype = torch.bfloat16 if lora is not None and uses_bf16(config) else torch.float32
     in_4bit = lora is not None and lora.load_in_4bit
-    local = directory == Path(config.model).expanduser() or config.model == BUNDLED_NAME
+    local = directory == Path(config.model).expanduser() or config.model in BUNDLED
     new_tokens: list[int] = []
     if (directory / CHECKPOINT_FILE).is_file():
         start = RewardModel.load(directory, device=None if whole else "cpu", dtype=dtype, in_4bit=in_4bit)
