@@ -51,10 +51,10 @@ def calibrate(
     Examples:
       polar calibrate runs/rm --data preferences.jsonl
       polar calibrate runs/rm --data outputs.parquet --data triples.jsonl
-      polar calibrate polar-nano --data answers.jsonl --output ./calibrated-nano
+      polar calibrate polar-mini --data answers.jsonl --output ./calibrated-mini
 
     Args:
-        model: Checkpoint directory; also a hub name or polar-nano, with --output.
+        model: Checkpoint directory; also a hub name or a bundled model, with --output.
         data: Files (JSONL, also .gz and .zst, or Parquet) or directories; repeat the flag for more.
         output: Leave the checkpoint as it is, and write a calibrated copy to this directory.
         reference_column: Column of the reference (default: reference).

@@ -57,7 +57,7 @@ def export(checkpoint: str, output: str, /, *, engine: Annotated[Engine, Paramet
         polar export POLAR-7B-llama POLAR-7B-xtuner --for xtuner
 
     Args:
-        checkpoint: A directory, a Hugging Face hub name, or polar-nano.
+        checkpoint: A directory, a Hugging Face hub name, or the name of a bundled model.
         output: The directory to write; it must be new or empty.
         engine: Who is to load it, xtuner or lmdeploy.
     """

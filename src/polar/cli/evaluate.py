@@ -102,7 +102,7 @@ def evaluate(
 
     Args:
         suite: A YAML file, or rewardbench, rewardbench-2, rm-bench, judgebench, ppe, rmb.
-        model: Checkpoint directory, hub name, or polar-nano for the bundled model.
+        model: Checkpoint directory, hub name, or polar-mini or polar-nano, which are bundled.
         triples: File of triples, as `polar pair` writes them; repeat the flag for more.
         preferences: File of preferences (prompt, reference, chosen, rejected, and other known formats); repeatable.
         output: Directory for records, manifest and summary.

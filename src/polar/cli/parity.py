@@ -90,7 +90,7 @@ def parity(
         address: host:port or URL of the server; several separated by commas.
         inputs: Files as for `polar score` (prompt, reference, output or candidates; default: a small built-in set).
         triples: File of triples, as `polar pair` writes them; repeat the flag for more.
-        model: The checkpoint that is served: a directory, or polar-nano.
+        model: The checkpoint that is served: a directory, or the name of a bundled model.
         engine: What serves there; auto finds out.
         limit: At most this many groups, from the beginning.
         tolerance: The largest difference that is accepted.

@@ -107,7 +107,7 @@ def rank(
         top_k: Keep this many candidates of each prompt (1 is best-of-N).
         min_reward: Keep candidates whose reward is at least this (rejection sampling).
         min_zscore: Keep candidates whose z-score is at least this; the checkpoint must be calibrated (polar calibrate).
-        model: Checkpoint directory, hub name, or polar-nano for the bundled model.
+        model: Checkpoint directory, hub name, or polar-mini or polar-nano, which are bundled.
         reference_column: Column of the reference (default: reference).
         on_bad_row: "skip" leaves unreadable rows out and says how many.
         server_address: host:port or URL of a server that gives the rewards, several separated by commas; the model is

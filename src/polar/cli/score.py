@@ -72,7 +72,7 @@ def score(
         reference: Reference of that group; repeat the flag for several.
         output: An output of that group; repeat the flag for several candidates.
         to: File for the results (.jsonl, .jsonl.gz, .jsonl.zst or .parquet; - for JSONL on stdout).
-        model: Checkpoint directory, hub name, or polar-nano for the bundled model.
+        model: Checkpoint directory, hub name, or polar-mini or polar-nano, which are bundled.
         scale: "zscore" is (reward - mean) / std of the checkpoint's calibration (polar calibrate). "probability" is
             that of being preferred to the reference itself by the Bradley-Terry model, at the calibrated temperature or
             at 1 without one.

@@ -52,7 +52,7 @@ def serve(
       curl 127.0.0.1:30000/v1/rewards --json '{"prompt": "2+2?", "reference": "4", "candidates": ["4", "5"]}'
 
     Args:
-        model: Checkpoint directory, hub name, or polar-nano for the bundled model.
+        model: Checkpoint directory, hub name, or polar-mini or polar-nano, which are bundled.
         host: Address to listen on; one that other machines can reach needs a key.
         port: Port to listen on; 0 for any free one.
         backend: Servers that compute, ENGINE=HOST:PORT,...; ENGINE is vllm, sglang, lmdeploy, polar or auto.

@@ -40,11 +40,11 @@ class AsyncRewardModelClient:
     An instance belongs to one event loop. Close it, or use it as a context manager.
 
     Example:
-        >>> async with AsyncRewardModelClient("polar-nano", server_address="127.0.0.1:30000") as client:
+        >>> async with AsyncRewardModelClient("polar-mini", server_address="127.0.0.1:30000") as client:
         ...     rewards = await client.score([Comparison("2+2?", "It is 4.", "4")])
 
     Args:
-        path: The checkpoint that the servers serve: a directory, or "polar-nano" for the bundled one. Of it only
+        path: The checkpoint that the servers serve: a directory, or the name of a bundled one. Of it only
             tokenizer.json and polar.json are read.
         server_address: host:port or a URL, several of them in a list or separated by commas. An address can name its
             own type, as in vllm=10.0.0.1:8000.

@@ -34,7 +34,7 @@ class RewardModelClient:
     process.
 
     Example:
-        >>> with RewardModelClient("polar-nano", server_address="127.0.0.1:30000") as client:
+        >>> with RewardModelClient("polar-mini", server_address="127.0.0.1:30000") as client:
         ...     rewards = client([{"prompt": "2+2?", "reference": "It is 4.", "output": "4"}])
 
     Args:

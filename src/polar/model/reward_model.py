@@ -104,7 +104,7 @@ class RewardModel:
         Loading is strict: a missing score head or any other missing weight is an error, and so is a NaN.
 
         Args:
-            path_or_hub_id: A directory, a Hugging Face hub name, or "polar-nano" for the bundled model.
+            path_or_hub_id: A directory, a Hugging Face hub name, or a bundled model ("polar-mini", "polar-nano").
             device: Default: the first GPU if there is one, else the CPU.
             dtype: Default: bfloat16 on a GPU, float32 on a CPU. Ask for "bfloat16" on CPUs that multiply it natively
                 (AVX512-BF16, AMX): it is several times as fast there.

@@ -81,7 +81,7 @@ def create_server(
         >>> asyncio.run(server.serve(bind("127.0.0.1", 30000, protected=False)))
 
     Args:
-        model: Checkpoint directory, hub name, or polar-nano for the bundled model.
+        model: Checkpoint directory, hub name, or polar-mini or polar-nano, which are bundled.
         backends: Servers that compute in place of this process, such as `vllm=HOST:PORT,HOST:PORT`.
         name: The model's name in requests and answers (default: the last part of `model`).
         keys: API keys; without any, every client may ask.
