@@ -45,8 +45,8 @@ def polar_reward(
     once. Scale, aggregate and thinking that are left out are looked up in the environment (`polar.rft.reward`).
 
     Args:
-        model: A reward model or a checkpoint: a directory, a hub name, or the name of a bundled one, of which
-            polar-mini is the default. It runs in this process, unless there is a server; then the default is what that has.
+        model: A reward model or a checkpoint: a directory, a hub name, or the name of a bundled one
+            (default: polar-mini). It runs in this process, unless there is a server; then the default is what that has.
         server_address: Where servers of this checkpoint listen: host:port or a URL, or several of them.
         scale: Of the rewards; see `polar.core.checkpoint.Scale`.
         aggregate: What becomes of the rewards against several references.
