@@ -17,7 +17,7 @@ from polar.model.sentencepiece import build_tokenizer, read_model
 
 SPLIT, SCORE = "<|reward|>", "<|score|>"
 WORDS = ["the", "then", "2+2?", "\n", "\n\n", "  ", "é", "😀", "<", "|", ">", "s>", "im_start", "</"]
-INTERNLM2 = Path(__file__).parent / "fixtures" / "golden" / "model1"
+INTERNLM2 = Path(__file__).parents[1] / "fixtures" / "golden" / "model1"
 
 QWEN3 = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
