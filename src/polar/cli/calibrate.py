@@ -17,7 +17,7 @@ from polar.cli.models import Model, open_model
 from polar.cli.progress import progress_bar
 from polar.cli.score import WINDOW
 from polar.client.engines import ServerType
-from polar.core.checkpoint import CHECKPOINT_FILE, Calibration, checkpoint_directory
+from polar.core.checkpoint import CHECKPOINT_FILE, Calibration, checkpoint_directory, save_calibration
 from polar.core.files import require_new
 from polar.data.readers import OnBadRow, ReadReport
 from polar.model import calibration as calibrating
@@ -85,7 +85,7 @@ def calibrate(
         found = calibrating.calibrate(measured, [Path(path).name for path in data])
     target = checkpoint_directory(model) if output is None else Path(output)
     if output is None:
-        calibrating.save_calibration(target, found)
+        save_calibration(target, found)
     else:
         calibrating.save_calibrated_copy(checkpoint_directory(model), target, found)
     _show(found)
