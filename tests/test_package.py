@@ -24,8 +24,7 @@ from trl.trainer.grpo_config import GRPOConfig
 import polar
 from polar.data.writers import open_writer
 from polar.evaluation.suites import read_suite
-from polar.training.config import FinetuneConfig, PretrainConfig
-from polar.training.init_model import ScratchConfig
+from polar.training.config import FinetuneConfig, PretrainConfig, ScratchConfig
 from tests.corpus.engines.tiny import save_policy
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +62,17 @@ def base_dependencies() -> set[str]:
 def test_records_template_reading_and_corpus_need_no_torch() -> None:
     light = [name for name in MODULES if name.split(".")[1] not in HEAVY and name not in TRAINING_WITH_REWARDS]
     result = run_blocking(["torch", "transformers", "accelerate"], [*light, "polar.cli.main"])
+    assert result.returncode == 0, result.stderr
+
+
+def test_names_of_the_package_are_imported_without_torch() -> None:
+    program = (
+        "import sys\nfrom polar import *\nfrom polar import RewardModel\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()\n"
+        "RewardModel.load(device='cpu').score({'prompt': 'p', 'reference': 'r', 'output': 'o'})\n"
+        "assert 'torch' in sys.modules\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
 
 

@@ -33,7 +33,8 @@ from problems import RULES, WORDINGS, draw_problem, number_in, say
 from polar import RewardModel
 from polar.core.records import prompt_id, text_of
 from polar.data.readers import read_trajectories
-from polar.training.init_model import ScratchConfig, from_scratch
+from polar.training.config import ScratchConfig
+from polar.training.init_model import from_scratch
 
 HERE = Path(__file__).parent
 ARMS = ("polar", "scratch", "blind", "rouge-l", "exact")

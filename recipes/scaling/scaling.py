@@ -28,8 +28,7 @@ from scipy import stats
 
 from polar import InputError, RewardModel
 from polar.core.files import write_json
-from polar.training.config import PretrainConfig
-from polar.training.init_model import ScratchConfig
+from polar.training.config import PretrainConfig, ScratchConfig
 from polar.training.run import pretrain
 
 Values = NDArray[np.float64]

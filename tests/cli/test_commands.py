@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from polar.cli.main import COMMANDS, main
+from polar.cli.main import app, main
 from polar.core.records import Aggregate, aggregated
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -151,7 +151,7 @@ def test_bad_files(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nonsense"], "unknown command"),
+        (["nonsense"], "Unknown command"),
         (["score"], "nothing to score"),
         (["score", "--prompt", "p"], "--reference, --output missing"),
         (["score", "missing.jsonl"], "missing.jsonl"),
@@ -224,7 +224,12 @@ def test_environment_variables_set_flags(checkpoint: Path, tmp_path: Path) -> No
     assert "tokens" in json.loads(result.stdout.splitlines()[0])
 
 
-@pytest.mark.parametrize("command", list(COMMANDS))
+COMMANDS = [name for name in app if not name.startswith("-") and name != "corpus"]
+COMMANDS += ["eval report", "corpus prompts", "corpus clean", "corpus report"]
+HEAVY = ["accelerate", "torch", "transformers"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_flags_and_examples(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +238,20 @@ def test_help_shows_flags_and_examples(
     shown = capsys.readouterr().out
     assert f"polar {command}" in shown
     assert "Examples:" in shown
+
+
+def test_help_of_no_command_imports_what_is_slow() -> None:
+    program = (
+        "import contextlib, io, sys\n"
+        "from polar.cli.main import main\n"
+        f"for words in [[], ['--help'], ['corpus'], *[[*name.split(), '--help'] for name in {COMMANDS}]]:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()):\n"
+        "        assert main(words) == 0, words\n"
+        f"    for name in {HEAVY}:\n"
+        "        assert name not in sys.modules, (words, name)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_our_own_fault_exits_with_1_and_a_traceback(checkpoint: Path) -> None:
@@ -294,4 +313,4 @@ def test_a_ten_megabyte_output_is_cut_and_reported(
 def test_the_first_word_of_several_commands_lists_them(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0
     output = capsys.readouterr().out
-    assert all(f"corpus {name}" in output for name in ("prompts", "clean", "report"))
+    assert all(name in output for name in ("prompts", "clean", "report"))

@@ -21,9 +21,8 @@ from polar.training.batches import (
     examples_from_triples,
     require_several_policies,
 )
-from polar.training.config import PretrainConfig
+from polar.training.config import PretrainConfig, ScratchConfig
 from polar.training.example_store import write_examples
-from polar.training.init_model import ScratchConfig
 from polar.training.run import pretrain
 
 XTUNER_ROWS = json.loads((Path(__file__).parents[1] / "fixtures" / "golden" / "training.json").read_text("utf-8"))

@@ -21,8 +21,7 @@ from rich.logging import RichHandler
 from polar import RewardModel
 from polar.core.template import EncodedGroup, Truncation
 from polar.model.tree import TreeBatch, tree_batch
-from polar.training.config import PretrainConfig
-from polar.training.init_model import ScratchConfig
+from polar.training.config import PretrainConfig, ScratchConfig
 from polar.training.run import pretrain
 from polar.training.speed import Cost, Meter, cost_of, peak_of
 from polar.training.trainer import RewardTrainer

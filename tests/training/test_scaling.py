@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from polar.core.errors import InputError
-from polar.training.init_model import ScratchConfig, from_scratch, train_tokenizer
+from polar.training.config import ScratchConfig
+from polar.training.init_model import from_scratch, train_tokenizer
 from tests.conftest import SENTENCES
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "scaling" / "scaling.py"

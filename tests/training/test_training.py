@@ -29,8 +29,8 @@ from polar.core.checkpoint import BUNDLED
 from polar.core.errors import TerminatedError
 from polar.training.batches import Collator, examples_from_preferences, examples_from_triples
 from polar.training.checkpoints import COMPLETE, newest_complete
-from polar.training.config import FinetuneConfig, PretrainConfig
-from polar.training.init_model import BOS, PAD, ScratchConfig, train_tokenizer
+from polar.training.config import FinetuneConfig, PretrainConfig, ScratchConfig
+from polar.training.init_model import BOS, PAD, train_tokenizer
 from polar.training.objectives import lexical_targets
 from polar.training.run import finetune, pretrain
 from polar.training.trainer import Discriminator, RewardTrainer

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from polar.core.checkpoint import local_directory
 from polar.core.files import require_new
-from polar.model import export as exporting
-from polar.model import internlm2
-from polar.model.adapters import ADAPTER_CONFIG, is_adapter
-from polar.model.export import Engine
 from polar.model.reward_model import RewardModel
 
 
@@ -36,6 +32,9 @@ def convert(source: str, target: str) -> None:
         source: A directory, or a Hugging Face hub name to download.
         target: The directory to write; it must be new or empty.
     """
+    from polar.model import internlm2
+    from polar.model.adapters import ADAPTER_CONFIG, is_adapter
+
     if is_adapter(local_directory(source, [ADAPTER_CONFIG])):
         architecture = _merge(source, Path(target))
     else:
@@ -45,7 +44,9 @@ def convert(source: str, target: str) -> None:
     print(f"{target}: wrote {architecture} and its tokenizer, {size / 1e6:,.1f} MB, from {source}")
 
 
-def export(checkpoint: str, output: str, /, *, engine: Annotated[Engine, Parameter(name="--for")]) -> None:
+def export(
+    checkpoint: str, output: str, /, *, engine: Annotated[Literal["xtuner", "lmdeploy"], Parameter(name="--for")]
+) -> None:
     """Write a reward model in the layout of XTuner or LMDeploy, with the same rewards.
 
     A Llama becomes InternLM2ForRewardModel, the layout of the official POLAR models. For LMDeploy a Qwen2 becomes
@@ -61,6 +62,8 @@ def export(checkpoint: str, output: str, /, *, engine: Annotated[Engine, Paramet
         output: The directory to write; it must be new or empty.
         engine: Who is to load it, xtuner or lmdeploy.
     """
+    from polar.model import export as exporting
+
     architecture = exporting.export(checkpoint, output, engine)
     size = sum(file.stat().st_size for file in Path(output).iterdir())
     print(f"{output}: wrote {architecture} and its tokenizer, {size / 1e6:,.1f} MB, from {checkpoint}")

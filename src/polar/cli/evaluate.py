@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -379,3 +379,8 @@ def _notes(manifest: Manifest, summary: Summary) -> Iterator[str]:
             )
         if result.truncated:
             yield f"{result.dataset}: {result.truncated} of {result.items} items were cut to fit the model"
+
+
+app = App(name="eval", help_format="plaintext", version_flags=[])
+app.default(evaluate)
+app.command(report, help="Write an HTML page that compares evaluations, from their records.")

@@ -8,17 +8,16 @@ Exit codes: 0 success, 2 bad input (one line on stderr), 1 our own fault (with a
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import yaml
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Group
 from cyclopts.config import Env, Yaml
 from rich.console import Console
 from rich.logging import RichHandler
@@ -27,53 +26,52 @@ from polar.core.errors import InputError, TerminatedError
 from polar.core.version import __version__
 from polar.data.fields import describe
 
-COMMANDS = {
-    "score": ("polar.cli.score", "score outputs against references"),
-    "rank": ("polar.cli.rank", "candidates in the order of their rewards: best-of-N, rejection sampling"),
-    "calibrate": ("polar.cli.calibrate", "measure the range of a checkpoint's rewards, for z-scores and probabilities"),
-    "serve": ("polar.cli.serve", "rewards over HTTP: our own routes, and those of vLLM, SGLang and others"),
-    "eval": ("polar.cli.evaluate", "measure a reward model beside simple baselines"),
-    "eval report": ("polar.cli.evaluate", "an HTML page that compares evaluations, from their records"),
-    "convert": ("polar.cli.convert", "official POLAR checkpoint -> plain Hugging Face checkpoint"),
-    "export": ("polar.cli.convert", "checkpoint -> the layout of XTuner or LMDeploy"),
-    "parity": ("polar.cli.parity", "compare a reward server with the model in this process"),
-    "corpus prompts": ("polar.cli.corpus", "texts -> prefixes that base policies continue"),
-    "sample": ("polar.cli.sample", "prompts and a pool of policies -> trajectories"),
-    "corpus clean": ("polar.cli.clean", "trajectories -> trajectories without loops, duplicates and test data"),
-    "corpus report": ("polar.cli.corpus", "an HTML page about trajectories"),
-    "pair": ("polar.cli.pair", "trajectories of many policies -> triples"),
-    "rft-data": ("polar.cli.rft_data", "data sets -> prompts and references for reinforcement fine-tuning"),
-    "plan": ("polar.cli.plan", "learning rate, batch, memory and time of a pre-training run"),
-    "pretrain": ("polar.cli.train", "train a policy discriminator on triples"),
-    "finetune": ("polar.cli.train", "fine-tune a reward model on preferences"),
-}
-"""Command -> its module and a summary. A module is imported when its command is asked for: `--help` needs no torch.
-The function in it has the last word of the command as its name (rft_data for rft-data)."""
+app = App(
+    name="polar",
+    help="Reward models that score outputs by their closeness to a reference. polar COMMAND --help shows examples.",
+    help_format="plaintext",
+    version=__version__,
+    version_flags=["--version"],
+    suppress_keyboard_interrupt=False,
+)
+# A command is a path: its module is imported when it is asked for, so that `--help` is quick.
+rewards, corpus = Group("Rewards", sort_key=1), Group("Corpus", sort_key=2)
+training = Group("Training", sort_key=3)
+app.command("polar.cli.score:score", group=rewards, help="Score candidates against references.")
+app.command("polar.cli.rank:rank", group=rewards, help="Order candidates by reward: best-of-N, rejection sampling.")
+app.command("polar.cli.calibrate:calibrate", group=rewards, help="Measure the range of a checkpoint's rewards.")
+app.command("polar.cli.serve:serve", group=rewards, help="Serve rewards over HTTP.")
+app.command("polar.cli.parity:parity", group=rewards, help="Compare a server with the model in this process.")
+app.command("polar.cli.evaluate:app", name="eval", group=rewards, help="Measure a model beside simple baselines.")
+app.command("polar.cli.sample:sample", group=corpus, help="Prompts and a pool of policies -> trajectories.")
+app.command("polar.cli.pair:pair", group=corpus, help="Trajectories of many policies -> triples.")
+app.command(App(name="corpus", group=corpus, help="Prefixes, cleaning and an HTML page of trajectories."))
+app["corpus"].command("polar.cli.corpus:prompts", help="Texts -> prefixes that base policies continue.")
+app["corpus"].command("polar.cli.clean:clean", help="Take out loops, duplicates and evaluation data.")
+app["corpus"].command("polar.cli.corpus:report", help="Write an HTML page about trajectories.")
+app.command("polar.cli.rft_data:rft_data", group=corpus, help="Data sets -> prompts and references for RL.")
+app.command("polar.cli.train:pretrain", group=training, help="Train a policy discriminator on triples.")
+app.command("polar.cli.train:finetune", group=training, help="Fine-tune a reward model on preferences.")
+app.command("polar.cli.plan:plan", group=training, help="Learning rate, batch, memory and time of a pre-training.")
+app.command("polar.cli.convert:convert", group=training, help="Official POLAR checkpoint -> Hugging Face checkpoint.")
+app.command("polar.cli.convert:export", group=training, help="Checkpoint -> the layout of XTuner or LMDeploy.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help", "help"):
-        sys.stdout.write(_overview())
-        return 0
-    if words[0] == "--version":
-        sys.stdout.write(f"polar {__version__}\n")
-        return 0
-    count = 2 if " ".join(words[:2]) in COMMANDS else 1
-    name = " ".join(words[:count])
-    if name not in COMMANDS:
-        if words[1:] in ([], ["-h"], ["--help"]) and any(command.startswith(f"{name} ") for command in COMMANDS):
-            sys.stdout.write(_overview())  # the first word of several commands
-            return 0
-        return _refuse(f"unknown command {' '.join(words[:2])!r}; expected one of: {', '.join(COMMANDS)}")
+    names = tuple(itertools.takewhile(lambda word: not word.startswith("-"), words))
     try:
         _set_up_logging()
-        _run(name, words[count:])
+        words, config = _take_config(words)
+        names, apps, _ = app.parse_commands(names)
+        if apps[-1].default_command is not None:
+            _prepare(apps[-1], names, config)
+        app(words, exit_on_error=False, print_error=False, result_action="return_value")
     except InputError as error:
         return _refuse(str(error))
     except CycloptsError as error:
-        return _refuse(f"{' '.join(str(error).split())} (see polar {name} --help)")
+        return _refuse(f"{' '.join(str(error).split())} (see {' '.join(('polar', *names))} --help)")
     except BrokenPipeError:  # the reader went away, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as error:
@@ -90,31 +88,17 @@ def script() -> None:
     sys.exit(main())
 
 
-def _run(name: str, words: list[str]) -> None:
-    module, _ = COMMANDS[name]
-    command: Callable[..., None] = getattr(
-        import_module(module), {"eval": "evaluate"}.get(name, name.split()[-1].replace("-", "_"))
-    )
+def _prepare(command: App, names: tuple[str, ...], config: Path | None) -> None:
+    """Give a command its help, its variables of the environment and its `--config` file."""
     if transformers := sys.modules.get("transformers"):  # its bars for loading a few files are noise here
         transformers.utils.logging.disable_progress_bar()
-    summary, examples = _documentation(command)
-    app = App(
-        name=f"polar {name}",
-        help=summary,
-        help_epilogue=examples,
-        help_format="plaintext",
-        version_flags=[],
-        suppress_keyboard_interrupt=False,
-        config=Env(f"POLAR_{re.sub('[ -]', '_', name.upper())}_", command=False),
-    )
-    app.default(command)
-    words, config = _take_config(words)
-    if config is not None:
-        app.config = (Yaml(config, must_exist=True), *app.config)
-    app(words, exit_on_error=False, print_error=False, result_action="return_value")
+    command.help, command.help_epilogue = _documentation(command.default_command)
+    variables = Env(f"POLAR_{'_'.join(names).replace('-', '_').upper()}_", command=False)
+    files = [] if config is None else [Yaml(config, must_exist=True, use_commands_as_keys=False)]
+    command.config = (*files, variables)
 
 
-def _documentation(command: Callable[..., Any]) -> tuple[str, str]:
+def _documentation(command: Callable[..., Any] | None) -> tuple[str, str]:
     """The docstring's text without its arguments, and its examples (shown below the flags)."""
     text = inspect.cleandoc(command.__doc__ or "").split("\nArgs:")[0]
     summary, _, examples = text.partition("\nExamples:\n")
@@ -148,13 +132,6 @@ def _config_file(name: str) -> Path:
     if not isinstance(content, dict):
         raise InputError(f"--config {name}: expected flags with their values, found {describe(content)}")
     return path
-
-
-def _overview() -> str:
-    lines = [f"polar {__version__}: reward models that score outputs by their closeness to a reference", ""]
-    lines += ["usage: polar COMMAND [flags]     (polar COMMAND --help lists the flags, with examples)", ""]
-    lines += [f"  {name:<16}{summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join(lines) + "\n"
 
 
 def _set_up_logging() -> None:

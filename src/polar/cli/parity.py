@@ -13,7 +13,6 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import kendalltau, spearmanr
 
 from polar.cli.progress import progress_bar
 from polar.client.client import AsyncRewardModelClient
@@ -131,6 +130,8 @@ def compare(served: Sequence[float], expected: Sequence[float], tokens: int, sec
     """The numbers of a comparison; both lists are rewards of the same inputs."""
     differences = [abs(a - b) for a, b in zip(served, expected, strict=True)]
     several = len(set(served)) > 1 and len(set(expected)) > 1  # otherwise there are no ranks to compare
+    from scipy.stats import kendalltau, spearmanr
+
     return Parity(
         inputs=len(served),
         tokens=tokens,

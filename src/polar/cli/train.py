@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from accelerate import PartialState
-
 from polar.model.reward_model import RewardModel
-from polar.training import run
 from polar.training.config import FinetuneConfig, PretrainConfig
 
 
@@ -19,6 +16,8 @@ def pretrain(config: PretrainConfig) -> None:
       polar pretrain --data triples.parquet --model Qwen/Qwen3-0.6B-Base --output base-rm --bf16
       polar pretrain --config recipes/nano/pretrain.yaml --seed 1
     """
+    from polar.training import run
+
     _report(run.pretrain(config), config.output)
 
 
@@ -29,10 +28,14 @@ def finetune(config: FinetuneConfig) -> None:
       polar finetune --model base-rm --data preferences.jsonl --output rm --learning-rate 1e-5
       polar finetune --config finetune.yaml --resume
     """
+    from polar.training import run
+
     _report(run.finetune(config), config.output)
 
 
 def _report(model: RewardModel, output: str) -> None:
+    from accelerate import PartialState
+
     training = model.provenance["training"]
     if PartialState().is_main_process:
         cut = f", {training['cut']['examples']} of them cut to fit" if training["cut"]["examples"] else ""

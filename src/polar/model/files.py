@@ -7,14 +7,15 @@ import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from polar.core.checkpoint import CHECKPOINT_FILE
 from polar.core.errors import InputError, reason
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OWN_FILES = (
     CHECKPOINT_FILE,
@@ -58,6 +59,8 @@ def read_shard(path: Path) -> Iterator[tuple[str, Tensor]]:
     Raises:
         InputError: the file is missing or damaged, or it holds something else than tensors.
     """
+    import torch
+
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -73,7 +76,7 @@ def read_shard(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise InputError(
             f"{path}: not readable as weights ({reason(error)}); download it again or store it as safetensors"
         ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise InputError(f"{path}: expected a dictionary of tensors")
     yield from tensors.items()
 

@@ -12,11 +12,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
-
-import torch
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from polar.core.checkpoint import (
     BUNDLED_NAME,
@@ -34,13 +30,12 @@ from polar.core.records import Comparison, Group
 from polar.core.template import Compat, EncodedGroup, Template
 from polar.data import formats
 from polar.data.formats import Item
-from polar.model.adapters import is_adapter, save_adapter
-from polar.model.backbone import prepare
 from polar.model.files import put_in_place
-from polar.model.probes import write_probes
-from polar.model.products import fast_products, onednn_helps
-from polar.model.tree import rewards, row_length, tree_batch
-from polar.model.weights import choose_device, choose_dtype, load_merged, load_weights, require_reward_config
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import, so methods do it when they need them
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class RewardModel:
@@ -76,6 +71,8 @@ class RewardModel:
                 f"the template's max_length {template.settings.max_length} exceeds the model's "
                 f"max_position_embeddings {limit}; lower it in {CHECKPOINT_FILE}"
             )
+        from polar.model.backbone import prepare
+
         prepare(model)
         self.model = model
         self.tokenizer = tokenizer
@@ -115,6 +112,11 @@ class RewardModel:
         Raises:
             InputError: there is no usable checkpoint at that place; the message says what is missing.
         """
+        from transformers import AutoTokenizer
+
+        from polar.model.adapters import is_adapter
+        from polar.model.weights import choose_device, choose_dtype, load_merged, load_weights, require_reward_config
+
         directory = checkpoint_directory(path_or_hub_id)
         adapted = is_adapter(directory)
         if not adapted:
@@ -143,6 +145,9 @@ class RewardModel:
         Raises:
             InputError: the directory holds something else than a checkpoint, is a file, or cannot be written.
         """
+        from polar.model.adapters import is_adapter, save_adapter
+        from polar.model.probes import write_probes
+
         target = Path(directory)
         if target.exists() and not target.is_dir():
             raise InputError(f"{target}: is a file; a checkpoint is a directory, choose a new one")
@@ -222,7 +227,6 @@ class RewardModel:
         scored = self.score_encoded(encoded, batch_tokens=batch_tokens, progress=progress)
         return [in_scale(rewards) for rewards in scored]
 
-    @torch.inference_mode()
     def score_encoded(
         self,
         groups: Sequence[EncodedGroup],
@@ -231,12 +235,17 @@ class RewardModel:
         progress: Callable[[int], object] | None = None,
     ) -> list[list[float]]:
         """Rewards of groups that the template has encoded already; see `score_groups`."""
+        import torch
+
+        from polar.model.products import fast_products, onednn_helps
+        from polar.model.tree import rewards, tree_batch
+
         scores: list[list[float]] = [[] for _ in groups]
         shared = bool(self.model.takes_rows)
         in_blocks = shared and onednn_helps(self.device, self.model.dtype)
         for row in _rows(groups, batch_tokens or (4096 if self.device.type == "cpu" else 16384), shared=shared):
             batch = tree_batch([piece for _, piece in row], in_blocks=in_blocks).to(self.device)
-            with fast_products(self.device, self.model.dtype) if shared else nullcontext():
+            with torch.inference_mode(), fast_products(self.device, self.model.dtype) if shared else nullcontext():
                 values = rewards(self.model, batch).tolist()
             if progress is not None:
                 progress(len(values))
@@ -268,6 +277,8 @@ def _rows(
 
     Where prefixes are not shared, every candidate is a piece, and all of them count as much as the longest.
     """
+    from polar.model.tree import row_length
+
     row: list[tuple[int, EncodedGroup]] = []
     tokens, longest = 0, 0
     for index, group in enumerate(groups):

@@ -26,7 +26,6 @@ from polar.core.http import CHECKPOINT_HEADER
 from polar.core.records import Comparison
 from polar.core.template import Compat, EncodedGroup, Template
 from polar.model.reward_model import RewardModel
-from polar.model.weights import weights_hash
 from polar.serving.errors import RefusalError
 
 Inputs = list[str] | list[list[int]]
@@ -182,6 +181,8 @@ def _checkpoint(
 ) -> Checkpoint:
     vocab_size = max(template.tokenizer.get_vocab().values()) + 1 if model is None else model.model.config.vocab_size
     probes = read_checkpoint_file(directory).get("probes", [])
+    from polar.model.weights import weights_hash
+
     weights = None if model is None else weights_hash(directory)  # a gateway reads none; the probes tell enough
     facts = [weights, asdict(template.settings), probes, template.tokenizer.to_str()]
     identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

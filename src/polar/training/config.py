@@ -5,16 +5,40 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import yaml
 from cyclopts import Parameter
 
 from polar.core.errors import InputError
 from polar.core.files import write_text
-from polar.training.init_model import ScratchConfig
-from polar.training.objectives import Objective, Ranked
-from polar.training.trackers import Tracker, check_trackers
+
+if TYPE_CHECKING:
+    from polar.training.objectives import Objective
+
+Ranked = Literal["all_pairs", "plackett_luce"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
+@dataclass(frozen=True, slots=True)
+class ScratchConfig:
+    """Size of a network from scratch (Llama architecture) and of its tokenizer (byte-level BPE)."""
+
+    vocab_size: int = 8192
+    """Tokens, the 256 bytes and 4 special tokens included."""
+    hidden_size: int = 192
+    """Width."""
+    intermediate_size: int = 512
+    """Width of the feed-forward layers."""
+    num_layers: int = 4
+    """Depth."""
+    num_heads: int = 3
+    """Attention heads; hidden_size must be a multiple of it."""
+    rope_theta: float = 500_000.0
+    """Base of the rotary positions."""
+    max_positions: int = 4096
+    """Longest input that the configuration allows."""
+
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 
@@ -139,7 +163,10 @@ class TrainConfig:
                 raise InputError(f"{name} must be at least 1, found {value}")
         if self.learning_rate <= 0:
             raise InputError(f"learning_rate must be above 0, found {self.learning_rate}")
-        check_trackers(self.report_to)
+        if self.report_to:
+            from polar.training.trackers import check_trackers
+
+            check_trackers(self.report_to)
         self.objective()
 
     def objective(self) -> Objective:
@@ -148,6 +175,8 @@ class TrainConfig:
         Raises:
             InputError: an option has a value that there is not.
         """
+        from polar.training.objectives import Objective
+
         return Objective(self.ranked, self.centering)
 
     def save(self, path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +23,11 @@ from polar.core.errors import InputError, reason
 from polar.core.template import Template, TemplateSettings
 from polar.model.reward_model import RewardModel
 from polar.model.weights import load_weights
+from polar.training.config import ScratchConfig
 
 log = logging.getLogger(__name__)
 
 PAD, BOS, SPLIT, SCORE = "<pad>", "<s>", "<|reward|>", "<|score|>"
-
-
-@dataclass(frozen=True, slots=True)
-class ScratchConfig:
-    """Size of a network from scratch (Llama architecture) and of its tokenizer (byte-level BPE)."""
-
-    vocab_size: int = 8192
-    """Tokens, the 256 bytes and 4 special tokens included."""
-    hidden_size: int = 192
-    """Width."""
-    intermediate_size: int = 512
-    """Width of the feed-forward layers."""
-    num_layers: int = 4
-    """Depth."""
-    num_heads: int = 3
-    """Attention heads; hidden_size must be a multiple of it."""
-    rope_theta: float = 500_000.0
-    """Base of the rotary positions."""
-    max_positions: int = 4096
-    """Longest input that the configuration allows."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from polar.core.errors import InputError
 from polar.core.template import EncodedGroup
-
-Ranked = Literal["all_pairs", "plackett_luce"]
+from polar.training.config import Ranked
 
 
 @dataclass(frozen=True, slots=True)

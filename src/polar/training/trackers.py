@@ -8,14 +8,14 @@ from collections.abc import Callable, Collection
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from polar.core.errors import InputError
+from polar.training.config import Tracker
 
-Tracker = Literal["tensorboard", "wandb", "trackio"]
 PROJECT = "polar"
 """Project in wandb and trackio; the environment variable WANDB_PROJECT names another one for wandb."""
 
