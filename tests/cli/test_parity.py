@@ -15,7 +15,7 @@ from tests.client.fakes import Fake, Ids, Reply, sglang, vllm
 
 @pytest.fixture(scope="module")
 def nano() -> RewardModel:
-    return RewardModel.load(device="cpu", dtype="float32")
+    return RewardModel.load("polar-nano", device="cpu", dtype="float32")
 
 
 @pytest.fixture

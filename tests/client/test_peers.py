@@ -43,7 +43,7 @@ def serve(directory: Path, log: Path, dtype: str) -> Any:
 def bundled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model in float32, and without the word in its config that makes vLLM answer raw scores."""
     directory = tmp_path_factory.mktemp("served") / "nano"
-    RewardModel.load(device="cpu", dtype="float32").save(directory)
+    RewardModel.load("polar-nano", device="cpu", dtype="float32").save(directory)
     config = json.loads((directory / "config.json").read_text())
     del config["problem_type"]
     (directory / "config.json").write_text(json.dumps(config))

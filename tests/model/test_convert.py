@@ -444,7 +444,7 @@ def test_target_in_use_is_not_touched(tmp_path):
         with pytest.raises(InputError, match="exists already"):
             convert(MODEL1, target)
     assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
-    with pytest.raises(InputError, match="could not be written"):
+    with pytest.raises(InputError, match="cannot be written"):
         convert(MODEL1, tmp_path / "file.txt" / "target")
 
 

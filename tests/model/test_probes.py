@@ -62,7 +62,7 @@ def test_the_bundled_model_has_the_probes_that_it_would_get_today(tmp_path: Path
     probes = read_probes(BUNDLED["polar-nano"])
     assert_true(probes, BUNDLED["polar-nano"])
     for dtype in ("float32", "bfloat16", "float16"):
-        model = RewardModel.load(dtype=dtype)
+        model = RewardModel.load("polar-nano", dtype=dtype)
         answers = [rewards[0] for rewards in model.score_encoded([model.template.encode(c) for c in COMPARISONS])]
         assert diagnose(probes, answers) is None, dtype
     for lie in ([probe.without_score_token for probe in probes], [probe.with_bos for probe in probes]):

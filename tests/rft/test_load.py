@@ -81,7 +81,7 @@ async def step(address: str, **settings: Any) -> list[dict[str, float]]:
 @pytest.mark.slow
 def test_a_step_of_1024_samples_through_a_killed_and_restarted_server(proxy: Proxy) -> None:
     """In order, complete, without a default, and in few requests."""
-    expected = RewardModel.load(device="cpu").score(
+    expected = RewardModel.load("polar-nano", device="cpu").score(
         [Comparison((Message("user", prompt),), reference, output) for prompt, reference, output in ROWS]
     )
     assert len(set(expected)) > 1000  # so that another order would be seen

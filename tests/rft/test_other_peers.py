@@ -41,7 +41,9 @@ def server() -> Iterator[Process]:
 
 
 def expected(prompt: Any, answers: list[str], reference: str = "Beijing.") -> Any:
-    rewards = RewardModel.load(device="cpu").score([Comparison(prompt, reference, answer) for answer in answers])
+    rewards = RewardModel.load("polar-nano", device="cpu").score(
+        [Comparison(prompt, reference, answer) for answer in answers]
+    )
     return pytest.approx(rewards, abs=1e-4)
 
 

@@ -63,7 +63,7 @@ def policy(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected() -> list[float]:
     """What the model of this process says: the best over the references, without thinking."""
-    model = RewardModel.load(device="cpu")
+    model = RewardModel.load("polar-nano", device="cpu")
     rewards = [
         model.score(
             [
@@ -221,7 +221,7 @@ def test_verl_reads_the_file_of_rft_data(server: Process, tokenizer: Any, tmp_pa
         manager = load_reward_manager(config, tokenizer)
         return await asyncio.gather(*(manager.run_single(data[i : i + 1]) for i in range(3)))
 
-    model = RewardModel.load(device="cpu")
+    model = RewardModel.load("polar-nano", device="cpu")
     prompts = [f"How much is 1+1? {BOXED}", "2+2?", "3+3?"]
     references = [["It is $\\boxed{2}$."], ["It is 4.", "four"], ["6"]]
     expected = [

@@ -117,12 +117,12 @@ def process(start: Launch, directory: Path) -> int:
 
 
 def refuse_batches() -> None:
-    from polar.training import discriminator
+    from polar.training import trainer
 
     def refuse(*_: Any, **__: Any) -> None:
         raise InputError("an input is too long for this model")
 
-    discriminator.hidden_states = refuse  # type: ignore[assignment]
+    trainer.hidden_states = refuse  # type: ignore[assignment]
 
 
 def at_micro_batch(count: int, event: Callable[[dict[str, Any]], object]) -> None:

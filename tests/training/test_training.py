@@ -212,6 +212,8 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(triples: str, tmp
 def test_a_second_interrupt_ends_at_once_but_not_the_echo_of_a_launcher(
     triples: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -224,14 +226,15 @@ def test_a_second_interrupt_ends_at_once_but_not_the_echo_of_a_launcher(
     newest = newest_complete(tmp_path / "twice" / "run")
     assert newest is not None
     assert newest.name == "checkpoint-3"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_handlers_of_signals_are_put_back_after_an_error(triples: str, tmp_path: Path) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
     with pytest.raises(CrashError):
         pretrain_until(2, crash, config(triples, tmp_path / "out", **LONG))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_training_works_in_a_thread(triples: str, tmp_path: Path) -> None:
