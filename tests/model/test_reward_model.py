@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from polar import Comparison, Group, InputError, RewardModel, Template
+from polar import Comparison, Group, InputError, Message, RewardModel, Template
 from polar.core.checkpoint import CHECKPOINT_FILE
 from polar.core.template import EncodedGroup
 from polar.model.files import put_in_place
@@ -76,6 +76,19 @@ def test_dictionaries_are_scored_as_the_comparisons_that_they_are(llama: RewardM
     assert llama.score([spelt]) == llama.score([replace(comparison, output=json.dumps(turns))]) != expected
 
 
+def test_tuples_are_scored_as_what_they_stand_for(llama: RewardModel) -> None:
+    prompt, reference, candidates = [{"role": "user", "content": "2+2?"}], "It is 4.", ("4", "It is 5.")
+    texts = (Message("user", "2+2?"),), reference
+    single = [llama.score([Comparison(*texts, candidate)])[0] for candidate in candidates]
+    (shared,) = llama.score_groups([Group(*texts, candidates)])
+    assert llama.score((prompt, reference, "4")) == llama.score((*texts, "4")) == single[:1]
+    assert llama.score([(prompt, reference, text) for text in candidates]) == single
+    assert llama.score(tuple((prompt, reference, text) for text in candidates)) == single
+    assert llama.score([(prompt, reference, list(candidates)), ("a", "b", "c")])[:2] == shared
+    turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    assert llama.score((*texts, turns)) == single[:1]  # one candidate
+
+
 @pytest.mark.parametrize(
     ("items", "problem"),
     [
@@ -83,9 +96,11 @@ def test_dictionaries_are_scored_as_the_comparisons_that_they_are(llama: RewardM
             [{"prompt": "a", "reference": "b"}],
             'item:0: field "output": expected a string or a list of messages, found no',
         ),
-        ([("a", "b", "c")], "item:0: expected a Comparison, or a dictionary of prompt, reference and output, found"),
-        ("abc", "expected comparisons, or dictionaries of prompt, reference and output, found 'abc'"),
-        (None, "expected comparisons, or dictionaries of prompt, reference and output, found None"),
+        ([("a", "b")], "item:0: expected a Comparison, a dictionary .* a tuple of these three, found"),
+        ([("a", "b", "c"), ("a", "b", ["c", 4])], r'item:1: field "output\[1\]": expected .*, found the number 4'),
+        ([("a", "b", [])], 'item:0: field "output": expected .*, found an empty list'),
+        ("abc", "expected comparisons, dictionaries .* found 'abc'"),
+        (None, "expected comparisons, dictionaries .* found None"),
     ],
 )
 def test_what_is_no_comparison_is_one_clear_line(llama: RewardModel, items: Any, problem: str) -> None:

@@ -127,18 +127,16 @@ class AsyncRewardModelClient:
         """Rewards of independent comparisons, in their order.
 
         Args:
-            comparisons: What to score, also as dictionaries (`formats.Item`); each has its own truncation budget.
+            comparisons: What to score, also as dictionaries or tuples (`formats.Item`); each has its own truncation
+                budget.
             progress: Called with the number of inputs that were just finished.
 
         Raises:
             RewardError: some failed; it says which and why, and keeps the others.
             EngineError: a server does not give this checkpoint's rewards.
         """
-        groups = [
-            Group(one.prompt, one.reference, (one.output,), one.id, wrapper=one.wrapper)
-            for one in formats.comparisons(comparisons)
-        ]
-        return [rewards[0] for rewards in await self.score_groups(groups, progress=progress)]
+        scored = await self.score_groups(formats.groups_of_items(comparisons), progress=progress)
+        return [reward for rewards in scored for reward in rewards]
 
     async def score_groups(
         self, groups: Iterable[Group], *, progress: Callable[[int], object] | None = None

@@ -114,6 +114,8 @@ def as_text(row: Row, where: str, value: object) -> Text:
         if messages is None:
             return as_string(row, where, value)
         value = messages
+    if isinstance(value, tuple) and value and all(isinstance(item, Message) for item in value):
+        return value
     if not isinstance(value, list) or not value:
         raise row.error(where, TEXT, describe(value))
     return tuple(_message(row, f"{where}[{i}]", item) for i, item in enumerate(value))

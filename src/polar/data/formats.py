@@ -44,11 +44,14 @@ from polar.data.fields import (
 )
 
 WINNERS = ("winner_model_a", "winner_model_b", "winner_tie")
+ITEM = ("prompt", "reference", "output")
 TRIPLE = ("prompt", "reference", "positive", "negative")
 ANSWERS = ("output", "candidates", "chosen", "rejected", "ranked", "response_a", "response_b", "completions")
 
-Item = Mapping[str, Any]
-"""{"prompt", "reference", "output" [, "id", "wrapper"]}; texts are strings or lists of {"role", "content"}."""
+Item = Mapping[str, Any] | tuple[Any, Any, Any]
+"""{"prompt", "reference", "output" [, "id", "wrapper"]}, (prompt, reference, output), or (prompt, reference, [outputs])
+with outputs that share one truncation budget. Texts are strings or lists of {"role", "content"}."""
+Scored = Comparison | Item
 Ranked = dict[str, Text]
 """The answers of a preference by their places in the row, best first."""
 
@@ -64,34 +67,66 @@ def comparison(row: Row, reference_column: str | None) -> tuple[str, list[Compar
     return "comparison", [Comparison(prompt, reference, output, _id(row), wrapper_of(row))]
 
 
-def comparisons(items: Comparison | Item | Iterable[Comparison | Item]) -> list[Comparison]:
-    """Comparisons as they are, and those made of items; a single one is a list of one.
+def comparisons(items: Scored | Iterable[Scored]) -> list[Comparison]:
+    """Return the comparisons in what `groups_of_items` takes; a group is one comparison per candidate."""
+    return [
+        Comparison(group.prompt, group.reference, candidate, group.id, group.wrapper)
+        for group in groups_of_items(items)
+        for candidate in group.candidates
+    ]
+
+
+def groups_of_items(items: Scored | Iterable[Scored]) -> list[Group]:
+    """Return what is to be scored as groups; a comparison is a group of one, and a single item is a list of one.
 
     Raises:
         InputError: an item is not of that form; the message has its number.
     """
-    several: object = [items] if isinstance(items, Comparison | Mapping) else items
+    several: object = [items] if isinstance(items, Comparison | Mapping) or _is_item(items) else items
     if not isinstance(several, Iterable) or isinstance(several, str):
         raise InputError(
-            f"expected comparisons, or dictionaries of prompt, reference and output, found {several!r:.40}"
+            "expected comparisons, dictionaries of prompt, reference and output, or tuples of these three, "
+            f"found {several!r:.40}"
         )
-    return [one if isinstance(one, Comparison) else _of_item(one, number) for number, one in enumerate(several)]
+    return [_group_of_item(one, number) for number, one in enumerate(several)]
 
 
-def _of_item(item: object, number: int) -> Comparison:
-    if not isinstance(item, Mapping):
-        expected = "a Comparison, or a dictionary of prompt, reference and output"
+def _is_item(value: object) -> bool:
+    """Return whether a value is one tuple (prompt, reference, output) and not a tuple of several items."""
+    if not isinstance(value, tuple) or not value:
+        return False
+    return isinstance(value[0], str | list) or (isinstance(value[0], tuple) and all(map(_is_message, value[0])))
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, Message | Mapping)
+
+
+def _group_of_item(item: object, number: int) -> Group:
+    if isinstance(item, Comparison):
+        return Group(item.prompt, item.reference, (item.output,), item.id, item.wrapper)
+    if isinstance(item, tuple) and len(item) == len(ITEM):
+        row = Row("item", number, dict(zip(ITEM, item, strict=True)))
+    elif isinstance(item, Mapping):
+        row = Row("item", number, dict(item))
+    else:
+        expected = "a Comparison, a dictionary of prompt, reference and output, or a tuple of these three"
         raise InputError(f"item:{number}: expected {expected}, found {describe(item)}")
-    row = Row("item", number, dict(item))
-    prompt, reference, output = (_literal(row, field) for field in ("prompt", "reference", "output"))
-    prompt, (reference, output) = split(row, prompt, {"reference": reference, "output": output})
-    return Comparison(prompt, reference, output, _id(row), wrapper_of(row))
+    for field in ITEM:
+        if not row.has(field):
+            raise row.wrong(field, TEXT)
+    prompt, reference, output = (row.fields[field] for field in ITEM)
+    answers = {"reference": reference, "output": output}
+    if isinstance(item, tuple) and isinstance(output, list | tuple) and not all(map(_is_message, output)):
+        answers = {"reference": reference, **{f"output[{i}]": text for i, text in enumerate(output)}}
+    texts = {place: _literal(row, place, text) for place, text in answers.items()}
+    prompt, (reference, *candidates) = split(row, _literal(row, "prompt", prompt), texts)
+    return Group(prompt, reference, tuple(candidates), _id(row), wrapper_of(row))
 
 
-def _literal(row: Row, field: str) -> Text:
-    """A text whose strings are taken as they are; in files they may spell messages."""
-    value = row.fields.get(field)
-    return as_string(row, field, value) if isinstance(value, str) else text_at(row, field)
+def _literal(row: Row, where: str, value: object) -> Text:
+    """Return a text whose strings are taken as they are; in files they may spell messages."""
+    return as_string(row, where, value) if isinstance(value, str) else as_text(row, where, value)
 
 
 def group(row: Row, reference_column: str | None) -> tuple[str, list[Group]]:

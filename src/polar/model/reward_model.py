@@ -188,10 +188,11 @@ class RewardModel:
         batch_tokens: int | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> list[float]:
-        """Rewards of independent comparisons, in their order.
+        """Return the rewards of independent comparisons, in their order.
 
         Args:
-            comparisons: What to score, also as dictionaries (`formats.Item`); each has its own truncation budget.
+            comparisons: What to score, also as dictionaries or tuples (`formats.Item`); each has its own truncation
+                budget. A tuple (prompt, reference, [several candidates]) gives as many rewards.
             scale: Of the results; see `polar.core.checkpoint.Scale`.
             batch_tokens: Tokens of one forward pass; at most a shared prefix more. Default: 4096 on a CPU, more falls
                 out of its caches; else 16384.
@@ -201,12 +202,9 @@ class RewardModel:
             InputError: a text is not valid Unicode, or z-scores are asked of a checkpoint without calibration.
             FloatingPointError: a reward is not finite. A failed reward is never a number.
         """
-        groups = (
-            Group(one.prompt, one.reference, (one.output,), wrapper=one.wrapper)
-            for one in formats.comparisons(comparisons)
-        )
+        groups = formats.groups_of_items(comparisons)
         scored = self.score_groups(groups, scale=scale, batch_tokens=batch_tokens, progress=progress)
-        return [values[0] for values in scored]
+        return [value for values in scored for value in values]
 
     def score_groups(
         self,
