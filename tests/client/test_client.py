@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from polar import AsyncRewardModelClient, Comparison, Group, InputError, RewardError, Template
-from polar.client.servers import Limits, parse_addresses
+from polar.client.transport import Limits, parse_addresses
 from polar.core.checkpoint import CHECKPOINT_FILE
 from polar.core.errors import EngineError
 from tests.client import fakes

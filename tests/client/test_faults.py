@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from polar import AsyncRewardModelClient, RewardError, Template
-from polar.client.servers import Limits
+from polar.client.transport import Limits
 from polar.core.errors import EngineError
 from tests.client import fakes
 from tests.client.fakes import Fake, Ids, Reply, reward, sigmoid

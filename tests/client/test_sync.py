@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from polar import Comparison, Group, InputError, RewardError, RewardModelClient, Template
-from polar.client.servers import Limits
+from polar.client.transport import Limits
 from polar.model.internlm2 import convert
 from tests.client.fakes import Fake, Ids, Reply, reward
 from tests.client.test_client import GROUPS, rewards_of

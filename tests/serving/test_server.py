@@ -17,7 +17,7 @@ import pytest
 
 from polar import AsyncRewardModelClient, Comparison, RewardModel, Template
 from polar.cli.main import main
-from polar.client.servers import Limits
+from polar.client.transport import Limits
 from polar.serving.app import create_app
 from polar.serving.server import bind, create_server, serve
 from tests.conftest import build_model

@@ -17,7 +17,7 @@ from rich.table import Table
 from polar.cli.progress import progress_bar
 from polar.client.client import AsyncRewardModelClient
 from polar.client.engines import ServerType
-from polar.client.servers import Limits
+from polar.client.transport import Limits
 from polar.core.checkpoint import BUNDLED_NAME
 from polar.core.errors import EngineError, InputError, RewardError
 from polar.core.files import write_json

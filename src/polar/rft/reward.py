@@ -22,9 +22,8 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from polar.client.engines import ServerType
-from polar.client.fetching import fetch_checkpoint
-from polar.client.servers import Limits
-from polar.client.sync import RewardModelClient
+from polar.client.sync import RewardModelClient, fetch_checkpoint
+from polar.client.transport import Limits
 from polar.core.checkpoint import Scale, read_calibration, scaling, served_directory
 from polar.core.errors import EngineError, InputError, RewardError
 from polar.core.records import Aggregate, Comparison, aggregated

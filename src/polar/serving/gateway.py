@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from polar.client.client import AsyncRewardModelClient
-from polar.client.servers import Limits
+from polar.client.transport import Limits
 from polar.core.errors import EngineError, RewardError
 from polar.core.template import EncodedGroup
 from polar.serving.checkpoint import Checkpoint, Loading, load_template
