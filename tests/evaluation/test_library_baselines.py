@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from polar import InputError
 from polar.core.baselines import chrf, rouge_l, words
 from polar.core.records import Group, Message
-from polar.evaluation.baselines import baselines, embedding_similarity
+from polar.evaluation.scorers import baselines, embedding_similarity
 
 TEXTS = st.lists(st.sampled_from(["the", "cat", "sat", "on", "!", "奖励", "模型"]), max_size=12).map(" ".join)
 
@@ -46,7 +46,7 @@ def test_libraries_that_are_missing_are_left_out_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert list(baselines()) == ["unigram F1", "ROUGE-L", "chrF", "length", "chance"]
-    monkeypatch.setattr("polar.evaluation.baselines.find_spec", lambda name: None)
+    monkeypatch.setattr("polar.evaluation.scorers.find_spec", lambda name: None)
     assert list(baselines()) == ["unigram F1", "length", "chance"]
     assert "chrF is left out: pip install 'polar-rm[eval]'" in caplog.text
 

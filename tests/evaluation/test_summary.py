@@ -16,7 +16,7 @@ from tests.evaluation.evaluating import manifest, record
 
 
 def summary(of: Manifest, records: Iterable[Record]) -> Summary:
-    return summary_of(survey_of(of, records))
+    return summary_of(survey_of(of, records), ".")
 
 
 def diagnosis(records: list[Record]) -> Diagnosis:

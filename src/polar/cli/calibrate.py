@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from polar.cli.models import Model, open_model
 from polar.cli.progress import progress_bar
 from polar.cli.score import WINDOW
 from polar.client.engines import ServerType
 from polar.core.checkpoint import CHECKPOINT_FILE, Calibration, checkpoint_directory, save_calibration
 from polar.core.files import require_new
 from polar.data.readers import OnBadRow, ReadReport
+from polar.evaluation.scorers import Model, open_model
 from polar.model import calibration as calibrating
 from polar.model.calibration import Sample, read_samples
 

@@ -3,54 +3,27 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 from cyclopts import App, Parameter
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text as Cell
 
-from polar.cli.models import Model, open_model
 from polar.cli.progress import progress_bar
 from polar.client.engines import ServerType
 from polar.core.checkpoint import BUNDLED_NAME
 from polar.core.errors import InputError
-from polar.core.files import on_disk, write_json, write_text
+from polar.core.files import on_disk, write_text
 from polar.core.html import visible
-from polar.core.metrics import FEW_CLUSTERS, Estimate
-from polar.core.version import __version__
 from polar.data.readers import OnBadRow
-from polar.evaluation.baselines import baselines, library_versions
-from polar.evaluation.manifest import TASKS, Manifest, commit, model_facts
-from polar.evaluation.records import MODEL, WITHOUT_REFERENCE
+from polar.evaluation import run as evaluation
 from polar.evaluation.report import build_report
-from polar.evaluation.run import evaluate as run
-from polar.evaluation.run import planned
-from polar.evaluation.suites import Dataset, ReferenceSource, Suite, read_suite
-from polar.evaluation.summary import (
-    RIVAL,
-    SUMMARY,
-    BestOfN,
-    Official,
-    Result,
-    Sensitivity,
-    SeveralReferences,
-    Summary,
-    summarise,
-)
+from polar.evaluation.suites import ReferenceSource, Suite
 
 Files = Annotated[Sequence[str], Parameter(negative="")]
-MANY_NUMBERS = 9
-"""Most columns of a benchmark's own numbers; all of them are in the summary."""
 
 
 def evaluate(
@@ -128,72 +101,44 @@ def evaluate(
         max_response_length: Longest reference and answer in tokens (default: the checkpoint's).
         as_json: Print the summary as JSON in place of tables.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"limit must be at least 1, found {limit}")
-    if output is not None and (Path(output).is_file() or Path(output).suffix == ".json"):
-        raise InputError(f"{output}: expected a directory for the records; the summary in it is {SUMMARY}")
     if sum((reference_column is not None, references is not None, chosen_as_reference)) > 1:
         raise InputError("give one of --reference-column, --references and --chosen-as-reference")
-    if baselines_only and server_address is not None:
-        raise InputError("give either --baselines-only or --server-address: a server has a model")
     source = ReferenceSource(
         column=reference_column, file=references, chosen_as_reference=chosen_as_reference, generator=generator
     )
-    chosen = _suite(suite, data, triples, preferences, source, tuple(seen), families)
-    scorers = baselines(embedding)
-    opened: AbstractContextManager[Model | None] = nullcontext()
-    if not baselines_only:
-        opened = open_model(
-            model,
+    if suite is None:
+        chosen: str | Suite = Suite.of_files(
+            triples=triples, preferences=preferences, reference=source, seen=seen, families=families
+        )
+    elif triples or preferences or seen or families:
+        raise InputError("give either a suite or --triples and --preferences, with --seen and --families, not both")
+    else:
+        chosen = suite
+    with progress_bar() as progress:
+        task = progress.add_task("items", total=None)
+        summary = evaluation.evaluate(
+            None if baselines_only else model,
+            chosen,
+            output=output,
+            data=data,
+            reference=source,
+            limit=limit,
+            without_reference=without_reference,
+            reference_free=reference_free,
+            embedding=embedding,
+            on_bad_row=on_bad_row,
             server_address=server_address,
             engine=engine,
             device=device,
             dtype=dtype,
             max_length=max_length,
             max_response_length=max_response_length,
-        )
-    with opened as rewarding, TemporaryDirectory(prefix="polar-eval-") as temporary, progress_bar() as progress:
-        own = [] if rewarding is None else [MODEL, *([WITHOUT_REFERENCE] if without_reference else [])]
-        manifest = Manifest(
-            polar=__version__,
-            commit=commit(),
-            started=datetime.now(UTC).isoformat(timespec="seconds"),
-            suite=suite or "flags",
-            model=None if rewarding is None else model_facts(model, rewarding.template, rewarding.local, engine),
-            scorers=(*own, *scorers),
-            settings={
-                "limit": limit,
-                "on_bad_row": on_bad_row,
-                "reference_free": reference_free,
-                "embedding": embedding,
-                "datasets": [dataset.model_dump(mode="json", exclude_defaults=True) for dataset in chosen.datasets],
-            },
-            versions=dict(library_versions()),
-            datasets=planned(chosen),
-        )
-        directory = Path(output or temporary)
-        task = progress.add_task("items", total=None)
-        manifest = run(
-            chosen,
-            directory,
-            manifest,
-            rewarding,
-            scorers,
-            limit=limit,
-            reference_free=reference_free,
-            on_bad_row=on_bad_row,
             progress=lambda items: progress.advance(task, items),
         )
-        summary = summarise(directory)
-        content = {"scorers": manifest.scorers, **asdict(summary)}
-        write_json(directory / SUMMARY, content)
     if as_json:
-        sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        return
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160  # a file has no width, and the tables fit into this one
-    _show(console, manifest, summary)
+        sys.stdout.write(json.dumps(summary.content(), indent=2, ensure_ascii=False) + "\n")
+    else:
+        sys.stdout.write(summary.table(Console().width) if sys.stdout.isatty() else summary.table())
 
 
 def report(
@@ -232,153 +177,6 @@ def report(
     for warning in found.warnings:
         console.print(Cell(f"warning: {visible(warning)}"))
     sys.stderr.write(f"wrote {target}, {target.stem}.json and {target.stem}.md\n")
-
-
-def _suite(
-    name: str | None,
-    data: str | None,
-    triples: Sequence[str],
-    preferences: Sequence[str],
-    source: ReferenceSource,
-    seen: tuple[str, ...],
-    families: str | None,
-) -> Suite:
-    if name is not None:
-        if triples or preferences or seen or families:
-            raise InputError("give either a suite or --triples and --preferences, with --seen and --families, not both")
-        return read_suite(name, data, source)
-    if not triples and not preferences:
-        raise InputError("nothing to evaluate: give a suite, --triples FILE or --preferences FILE")
-    names: list[str] = []
-    for path in (*triples, *preferences):
-        stem = re.sub(r"[^\w.-]+", "-", Path(path).name.split(".")[0]) or "data"
-        taken = sum(each == stem or each.startswith(f"{stem}_") for each in names)
-        names.append(f"{stem}_{taken + 1}" if taken else stem)
-    datasets = [
-        Dataset(name=names[place], path=path, task="policy discrimination", seen=seen, families=families)
-        for place, path in enumerate(triples)
-    ]
-    datasets += [
-        Dataset(name=names[len(triples) + place], path=path, task="preference accuracy", reference=source, seen=seen)
-        for place, path in enumerate(preferences)
-    ]
-    return Suite(datasets=tuple(datasets))
-
-
-def _show(console: Console, manifest: Manifest, summary: Summary) -> None:
-    """Print a summary: accuracies for every task, best of N, benchmarks' own numbers, and what has to be known."""
-    for task in TASKS:
-        if results := [result for result in summary.results if result.task == task]:
-            console.print(_accuracies(task, results))
-    if summary.several_references:
-        console.print(_several_references(summary.several_references))
-    if summary.sensitivity:
-        console.print(_sensitivities(summary.sensitivity))
-    for best in summary.best_of_n:
-        console.print(_curves(best))
-    for official in summary.official:
-        console.print(_official(official))
-    for note in _notes(manifest, summary):
-        console.print(Cell(note))
-
-
-def _table(title: str, headings: Sequence[str], caption: str | None = None) -> Table:
-    table = Table(title=Cell(title), box=SIMPLE_HEAD, pad_edge=False, caption=caption, title_justify="left")
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
-    return table
-
-
-def _accuracies(task: str, results: Sequence[Result]) -> Table:
-    scorers = list(results[0].accuracy)
-    headings = ["data", "items", "prompts", *scorers, "difference", "verdict"]
-    caption = "accuracy in % ± its standard error"
-    if MODEL in scorers:
-        caption += (
-            f"; difference: {MODEL} minus {RIVAL}; cannot tell: within two standard errors, "
-            f"or fewer than {FEW_CLUSTERS} prompts"
-        )
-    table = _table(task, headings if MODEL in scorers else headings[:-2], caption)
-    for result in results:
-        difference = result.difference
-        compared = [] if difference is None else [_percent(difference, "+"), difference.verdict()]
-        counts = f"{result.items:,}", f"{result.accuracy[scorers[0]].clusters:,}"
-        numbers = [_percent(result.accuracy[name]) for name in scorers]
-        table.add_row(Cell(_name(result)), *counts, *numbers, *compared)
-        for label, estimates in (("  Kendall's tau", result.rank_correlation), ("  AUC, all prompts", result.area)):
-            if estimates is not None and result.domain is None and result.slice is None:
-                table.add_row(label, "", "", *(_percent(estimates[name]) for name in scorers))
-    return table
-
-
-def _name(result: Result) -> str:
-    if result.dataset is None:
-        return "all"
-    return f"  {result.domain or result.slice}" if result.domain or result.slice else result.dataset
-
-
-def _percent(estimate: Estimate, sign: str = "") -> str:
-    mean = f"{100 * estimate.mean:{sign}.1f}"
-    return f"{mean}±{100 * estimate.standard_error:.1f}" if estimate.standard_error else mean
-
-
-def _several_references(results: Sequence[SeveralReferences]) -> Table:
-    scorers = list(next(iter(results[0].accuracy.values())))
-    caption = "accuracy in % on the items that have several references, by what becomes of the rewards against each"
-    table = _table("several references", ["data", "rewards", "items", *scorers], caption)
-    for result in results:
-        for how, accuracy in result.accuracy.items():
-            numbers = [_percent(accuracy[name]) for name in scorers]
-            table.add_row(result.dataset, how, f"{accuracy[scorers[0]].count:,}", *numbers)
-    return table
-
-
-def _sensitivities(results: Sequence[Sensitivity]) -> Table:
-    scorers = list(results[0].change)
-    caption = "accuracy in % after the worse answer was changed (reworded, paraphrase: the better one); its difference"
-    table = _table("sensitivity", ["data", "change", "items", *scorers], caption)
-    for result in results:
-        numbers = [f"{100 * result.after[name].mean:.1f} ({_percent(result.change[name], '+')})" for name in scorers]
-        table.add_row(result.dataset, result.probe, f"{result.after[scorers[0]].count:,}", *numbers)
-    return table
-
-
-def _curves(best: BestOfN) -> Table:
-    points = next(iter(best.curves.values()))
-    caption = "true quality of the candidate with the highest reward among N; ↓: worse than at half of N"
-    table = _table(f"best of N: {best.dataset}", ["scorer", *(f"N={point.draws}" for point in points)], caption)
-    for scorer, curve in best.curves.items():
-        table.add_row(scorer, *(f"{'↓' if point.change == 'worse' else ''}{point.quality.mean:.3f}" for point in curve))
-    table.add_row("the best", *(f"{point.best:.3f}" for point in points))
-    table.add_row("items", *(f"{point.quality.count:,}" for point in points))
-    return table
-
-
-def _official(official: Official) -> Table:
-    names = list(next(iter(official.scores.values())))[:MANY_NUMBERS]
-    table = _table(f"{official.dataset}, by the rules of {official.scoring}, in %", ["scorer", *names])
-    for scorer, scores in official.scores.items():
-        table.add_row(scorer, *(f"{100 * scores[name]:.1f}" for name in names))
-    return table
-
-
-def _notes(manifest: Manifest, summary: Summary) -> Iterator[str]:
-    """What a reader of the tables has to know about the data."""
-    for dataset in manifest.datasets:
-        if dataset.task != "policy discrimination":
-            yield f"{dataset.name}: references: {dataset.reference}"
-        if dataset.skipped:
-            yield f"{dataset.name}: skipped {dataset.skipped} rows; the first: {dataset.first_reasons[0]}"
-    for result in summary.results:
-        if result.dataset is None or result.domain is not None or result.slice is not None:
-            continue
-        if result.reference_copies:
-            yield (
-                f"{result.dataset}: in {result.reference_copies} of {result.items} items the better candidate is the "
-                f"reference itself, so {RIVAL} is right there by construction"
-            )
-        if result.truncated:
-            yield f"{result.dataset}: {result.truncated} of {result.items} items were cut to fit the model"
 
 
 app = App(name="eval", help_format="plaintext", version_flags=[])

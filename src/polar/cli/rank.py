@@ -14,7 +14,6 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text as Cell
 
-from polar.cli.models import Model, open_model
 from polar.cli.progress import progress_bar
 from polar.cli.score import WINDOW, Verbatim
 from polar.client.engines import ServerType
@@ -25,6 +24,7 @@ from polar.data import formats
 from polar.data.fields import Row, as_text
 from polar.data.readers import OnBadRow, ReadReport, convert_rows
 from polar.data.writers import open_writer
+from polar.evaluation.scorers import Model, open_model
 
 ADDED = ("rank", "reward", "zscore", "candidate")
 """The fields that a result has beside those of its row."""

@@ -13,7 +13,6 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text as Cell
 
-from polar.cli.models import Model, open_model
 from polar.cli.progress import progress_bar
 from polar.client.engines import ServerType
 from polar.core.checkpoint import BUNDLED_NAME, Scale, scaling, with_reference
@@ -22,6 +21,7 @@ from polar.core.records import Aggregate, Group, aggregated, groups_of, text_of
 from polar.core.template import Compat, EncodedGroup
 from polar.data.readers import ReadReport, read_groups_by_reference
 from polar.data.writers import open_writer
+from polar.evaluation.scorers import Model, open_model
 
 WINDOW = 256
 """Groups that are read, scored and written at a time, so that memory stays flat."""

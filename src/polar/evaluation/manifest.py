@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from polar.core.checkpoint import checkpoint_directory
 from polar.core.errors import InputError, first_mistake
 from polar.core.files import write_text
 from polar.core.records import Aggregate
@@ -110,22 +111,19 @@ class Manifest(_Facts):
         return all(dataset.finished for dataset in self.datasets)
 
 
-def model_facts(name: str, template: Template, model: RewardModel | None, engine: str) -> ModelFacts:
-    """The facts of the model that is evaluated; reads its files once more for their hash.
+def model_facts(name: str | Path | None, template: Template, model: RewardModel | None, engine: str) -> ModelFacts:
+    """Return the facts of the model that is evaluated; its weights are read once more for their hash.
 
     Args:
-        name: What it was loaded from, or the directory of the checkpoint that servers have, which may lack the weights.
+        name: What it was loaded from, or the directory of the checkpoint that servers have, which may lack the weights;
+            None for a model that the caller has, whose weights may be in no file.
         template: How inputs are made.
         model: None where servers have it.
         engine: What serves it then.
     """
-    from polar.core.checkpoint import checkpoint_directory
-    from polar.model.weights import weights_hash
-
-    directory = checkpoint_directory(name)
     return ModelFacts(
-        name=name,
-        hash=weights_hash(directory) if any(directory.glob("*.safetensors")) else None,
+        name=str(name) if name is not None else _name_of(model),
+        hash=_files_hash(name) if name is not None else _state_hash(model),
         template_hash=template_hash(template),
         parameters=None if model is None else sum(parameter.numel() for parameter in model.model.parameters()),
         engine=engine if model is None else "polar",
@@ -134,6 +132,30 @@ def model_facts(name: str, template: Template, model: RewardModel | None, engine
         max_length=template.settings.max_length,
         max_response_length=template.settings.max_response_length,
     )
+
+
+def _files_hash(name: str | Path) -> str | None:
+    from polar.model.weights import weights_hash
+
+    directory = checkpoint_directory(name)
+    return weights_hash(directory) if any(directory.glob("*.safetensors")) else None
+
+
+def _name_of(model: RewardModel | None) -> str:
+    assert model is not None
+    return model.model.name_or_path or type(model.model).__name__
+
+
+def _state_hash(model: RewardModel | None) -> str:
+    """Sixteen hexadecimal digits of the names and numbers of all weights in memory."""
+    import torch
+
+    assert model is not None
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.model.state_dict().items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def template_hash(template: Template) -> str:

@@ -162,7 +162,7 @@ def _surveyed(run: Run) -> Surveyed:
     found = survey_of(run.manifest, read_records(run.directory))
     if not found.by_task:
         raise InputError(f"{run.directory}: the evaluation has no records yet; run `polar eval` to its end")
-    return Surveyed(run, summary_of(found), found.by_task, found.worst)
+    return Surveyed(run, summary_of(found, run.directory), found.by_task, found.worst)
 
 
 def _lines(surveys: Sequence[Surveyed]) -> Iterator[Line]:

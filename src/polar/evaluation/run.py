@@ -1,22 +1,34 @@
-"""Scoring the items of a suite into records, in shards: a run that was killed goes on from those that are there."""
+"""Evaluation: the items of a suite become records, in shards, so that a run that was killed goes on from those."""
 
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from tempfile import TemporaryDirectory
 
+from polar.client.engines import ServerType
 from polar.core.errors import InputError
-from polar.core.files import on_disk
+from polar.core.files import on_disk, write_json
 from polar.core.records import Group, aggregated, text_of
-from polar.core.template import Template
+from polar.core.version import __version__
 from polar.data.readers import OnBadRow, ReadReport
-from polar.evaluation.baselines import Scorer
 from polar.evaluation.datasets import read_items
 from polar.evaluation.items import SHOWN_DIGITS, Item, fingerprint, sample, stretches
-from polar.evaluation.manifest import MANIFEST, DatasetFacts, Manifest, ModelFacts, read_manifest, write_manifest
+from polar.evaluation.manifest import (
+    MANIFEST,
+    DatasetFacts,
+    Manifest,
+    ModelFacts,
+    commit,
+    model_facts,
+    read_manifest,
+    write_manifest,
+)
 from polar.evaluation.perturbations import read_paraphrases, with_perturbations
 from polar.evaluation.records import (
     MODEL,
@@ -27,21 +39,10 @@ from polar.evaluation.records import (
     shard_path,
     write_shard,
 )
-from polar.evaluation.suites import Dataset, Suite
-
-Progress = Callable[[int], object]
-
-
-class Model(Protocol):
-    """What gives rewards: a `RewardModel`, or a `RewardModelClient` of servers."""
-
-    @property
-    def template(self) -> Template:
-        """How it reads inputs."""
-
-    @property
-    def score_encoded(self) -> Callable[..., list[list[float]]]:
-        """Called with groups that the template has encoded, gives the rewards of all their candidates."""
+from polar.evaluation.scorers import Model, Scorer, baselines, library_versions, open_model
+from polar.evaluation.suites import Dataset, ReferenceSource, Suite, read_suite
+from polar.evaluation.summary import SUMMARY, Summary, summarise
+from polar.model.reward_model import RewardModel
 
 
 def planned(suite: Suite) -> tuple[DatasetFacts, ...]:
@@ -60,17 +61,117 @@ def planned(suite: Suite) -> tuple[DatasetFacts, ...]:
 
 
 def evaluate(
+    model: str | Path | RewardModel | None,
+    suite: str | Path | Suite,
+    *,
+    output: str | Path | None = None,
+    data: str | Path | None = None,
+    reference: ReferenceSource | None = None,
+    limit: int | None = None,
+    without_reference: bool = False,
+    reference_free: bool = False,
+    embedding: str | None = None,
+    on_bad_row: OnBadRow = "error",
+    server_address: str | None = None,
+    engine: ServerType = "auto",
+    device: str | None = None,
+    dtype: str | None = None,
+    max_length: int | None = None,
+    max_response_length: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Summary:
+    """Measure a reward model beside baselines, as `polar eval` does, and keep a record of every item.
+
+    Example:
+        >>> import polar
+        >>> from polar.evaluation.suites import Suite
+        >>> summary = polar.evaluate("polar-mini", Suite.of_files(triples=["held-out.jsonl"]))
+        >>> print(summary.table())
+        >>> summary.save("results/mini")
+
+    Args:
+        model: Checkpoint directory, hub name, bundled model, or a loaded model; None for the baselines alone.
+        suite: A YAML file, the name of a suite of the package, or data sets (`Suite`).
+        output: Directory for records, manifest and summary; the same evaluation goes on there after a crash.
+        data: Directory that the paths of a named suite are relative to (default: where its file is).
+        reference: Where references come from, for data sets of a named suite that do not say.
+        limit: At most this many items of each data set, drawn at random (always the same ones).
+        without_reference: Score with an empty reference too: what the model knows without one.
+        reference_free: The model reads empty references, the baselines the true ones.
+        embedding: A sentence-transformers model for one more baseline.
+        on_bad_row: "skip" leaves unreadable rows out; the manifest counts them.
+        server_address: host:port or URL of a server that gives the rewards, several separated by commas; the model is
+            then the directory of the checkpoint that it serves.
+        engine: What serves there; "auto" finds out.
+        device: Torch device (default: a GPU if there is one).
+        dtype: float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on a CPU).
+        max_length: Longest input in tokens (default: the checkpoint's).
+        max_response_length: Longest reference and answer in tokens (default: the checkpoint's).
+        progress: Called with the number of items that are done, scored now or before.
+
+    Raises:
+        InputError: a suite, a row, a model or a server cannot be used; or the directory holds records of another run,
+            or of other data.
+        FloatingPointError: a reward is not finite.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit must be at least 1, found {limit}")
+    if output is not None and (Path(output).is_file() or Path(output).suffix == ".json"):
+        raise InputError(f"{output}: expected a directory for the records; the summary in it is {SUMMARY}")
+    if model is None and server_address is not None:
+        raise InputError("give either a server address or the baselines alone: a server has a model")
+    chosen = suite if isinstance(suite, Suite) else read_suite(str(suite), data, reference)
+    rivals = baselines(embedding)
+    opened: AbstractContextManager[Model | None] = nullcontext()
+    if model is not None:
+        opened = open_model(
+            model,
+            server_address=server_address,
+            engine=engine,
+            device=device,
+            dtype=dtype,
+            max_length=max_length,
+            max_response_length=max_response_length,
+        )
+    with opened as rewarding, ExitStack() as temporary:
+        facts, own = None, []
+        if rewarding is not None:
+            name = None if isinstance(model, RewardModel) else model
+            facts = model_facts(name, rewarding.template, rewarding.local, engine)
+            own = [MODEL, WITHOUT_REFERENCE] if without_reference else [MODEL]
+        manifest = Manifest(
+            polar=__version__,
+            commit=commit(),
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            suite="flags" if isinstance(suite, Suite) else str(suite),
+            model=facts,
+            scorers=(*own, *rivals),
+            settings={
+                "limit": limit,
+                "on_bad_row": on_bad_row,
+                "reference_free": reference_free,
+                "embedding": embedding,
+                "datasets": [dataset.model_dump(mode="json", exclude_defaults=True) for dataset in chosen.datasets],
+            },
+            versions=dict(library_versions()),
+            datasets=planned(chosen),
+        )
+        directory = Path(output or temporary.enter_context(TemporaryDirectory(prefix="polar-eval-")))
+        _record_items(chosen, directory, manifest, rewarding, rivals, progress)
+        summary = summarise(directory)
+        write_json(directory / SUMMARY, summary.content())
+        weakref.finalize(summary, temporary.pop_all().close)
+    return summary
+
+
+def _record_items(
     suite: Suite,
     directory: Path,
     manifest: Manifest,
     model: Model | None,
     baselines: dict[str, Scorer],
-    *,
-    limit: int | None = None,
-    reference_free: bool = False,
-    on_bad_row: OnBadRow = "error",
-    progress: Progress | None = None,
-) -> Manifest:
+    progress: Callable[[int], object] | None,
+) -> None:
     """Score all items of a suite, except those that are recorded already.
 
     Memory holds one stretch of items (or `limit` of them), whatever the size of the data.
@@ -81,19 +182,9 @@ def evaluate(
         manifest: With `planned` data sets; its scorers are those of the records.
         model: What gives the rewards; None for the baselines alone.
         baselines: By name.
-        limit: At most this many items of each data set (`items.sample`).
-        reference_free: The model reads empty references, the baselines the true ones.
-        on_bad_row: What to do with rows that cannot be used.
         progress: Called with the number of items that are done, scored now or before.
-
-    Returns:
-        The manifest as it was written at the end.
-
-    Raises:
-        InputError: for bad data; and when the directory holds records of another run, or of other data.
-        FloatingPointError: a reward is not finite.
-        RewardError, EngineError: a server did not give a reward.
     """
+    settings = manifest.settings
     with on_disk(directory):
         (directory / RECORDS).mkdir(parents=True, exist_ok=True)
     manifest = _continued(directory, manifest)
@@ -104,13 +195,16 @@ def evaluate(
         digest, count, shard = hashlib.sha256(), 0, -1
         paraphrases = read_paraphrases(dataset.paraphrases) if dataset.paraphrases else {}
         items = with_perturbations(
-            sample(read_items(dataset, on_bad_row, report), limit), dataset.perturbations, paraphrases
+            sample(read_items(dataset, settings["on_bad_row"], report), settings["limit"]),
+            dataset.perturbations,
+            paraphrases,
         )
         for shard, stretch in enumerate(stretches(items)):
             own = [item.digest() for item in stretch]
             path = shard_path(directory, dataset.name, shard)
             if not _known(path, fingerprint(own)):
-                records = _score(dataset, count, stretch, manifest.scorers, model, baselines, reference_free)
+                blind = settings["reference_free"]
+                records = _score(dataset, count, stretch, manifest.scorers, model, baselines, blind)
                 write_shard(path, records, manifest.scorers, fingerprint(own))
             digest.update(b"".join(own))
             count += len(own)
@@ -128,7 +222,6 @@ def evaluate(
         )
         manifest = manifest.model_copy(update={"datasets": tuple(datasets)})
         write_manifest(directory, manifest)
-    return manifest
 
 
 def _continued(directory: Path, manifest: Manifest) -> Manifest:

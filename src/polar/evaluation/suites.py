@@ -21,6 +21,8 @@ Suites that come with the package are named without ".yaml": rewardbench, reward
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,8 +130,61 @@ class Suite(_Settings):
                 raise ValueError(f"expected different names of data sets, found {name!r} twice")
         return self
 
+    @classmethod
+    def of_files(
+        cls,
+        *,
+        triples: Sequence[str | Path] = (),
+        preferences: Sequence[str | Path] = (),
+        reference: ReferenceSource | None = None,
+        seen: Sequence[str | Path] = (),
+        families: str | Path | None = None,
+    ) -> Suite:
+        """Return the suite of some files, each a data set that is named after it.
 
-def read_suite(name: str, data: str | None = None, references: ReferenceSource | None = None) -> Suite:
+        Args:
+            triples: For policy discrimination.
+            preferences: For preference accuracy.
+            reference: Where the references of preferences come from (default: their column "reference").
+            seen: Training data, to report unseen prompts and policies apart.
+            families: File of rows with policy and family, to report negatives of the same family apart.
+
+        Raises:
+            InputError: there is no file.
+        """
+        if not triples and not preferences:
+            raise InputError("nothing to evaluate: give a suite, a file of triples or a file of preferences")
+        names = _names([*triples, *preferences])
+        read = {"seen": tuple(map(str, seen))}
+        families = families if families is None else str(families)
+        datasets = [
+            Dataset(name=next(names), path=str(path), task="policy discrimination", families=families, **read)
+            for path in triples
+        ]
+        datasets += [
+            Dataset(
+                name=next(names),
+                path=str(path),
+                task="preference accuracy",
+                reference=reference or ReferenceSource(),
+                **read,
+            )
+            for path in preferences
+        ]
+        return cls(datasets=tuple(datasets))
+
+
+def _names(paths: Sequence[str | Path]) -> Iterator[str]:
+    """Stems of files, with a number where one comes again."""
+    names: list[str] = []
+    for path in paths:
+        stem = re.sub(r"[^\w.-]+", "-", Path(path).name.split(".")[0]) or "data"
+        taken = sum(each == stem or each.startswith(f"{stem}_") for each in names)
+        names.append(f"{stem}_{taken + 1}" if taken else stem)
+        yield names[-1]
+
+
+def read_suite(name: str, data: str | Path | None = None, references: ReferenceSource | None = None) -> Suite:
     """Read and check a suite.
 
     Args:

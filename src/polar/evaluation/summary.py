@@ -8,21 +8,24 @@ area over all prompts together, which asks for rewards that compare between prom
 from __future__ import annotations
 
 import heapq
+import shutil
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from polar.core.files import new_directory, on_disk, write_json
 from polar.core.metrics import Estimate, area_under_curve, clustered_mean, ordered_shares, outcomes, paired_difference
 from polar.core.records import AGGREGATES, aggregated
 from polar.evaluation.analysis import MISTAKES, Diagnosis, Draws, Point, WrongPair, curve, diagnose, wrong_pairs
 from polar.evaluation.columns import Collected, Numbers, Outcomes, Part, chunks, prompt_name
-from polar.evaluation.manifest import TASKS, Manifest, Task, read_manifest
+from polar.evaluation.manifest import TASKS, Manifest, Task, read_manifest, write_manifest
 from polar.evaluation.official import official_scores
-from polar.evaluation.records import MODEL, Record, read_records
+from polar.evaluation.records import MODEL, RECORDS, Record, read_records
 
 SUMMARY = "summary.json"
 """The file that holds a summary, beside the manifest."""
@@ -103,10 +106,11 @@ class Official:
     """By scorer: name of the number -> its value."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Summary:
-    """All of it."""
+    """The results of one evaluation."""
 
+    manifest: Manifest
     results: tuple[Result, ...]
     sensitivity: tuple[Sensitivity, ...]
     several_references: tuple[SeveralReferences, ...]
@@ -114,6 +118,32 @@ class Summary:
     official: tuple[Official, ...]
     diagnoses: tuple[Diagnosis, ...]
     """Of the model, by data set."""
+    directory: Path
+    """Of manifest and records; a temporary one, as old as this object, if the evaluation was given none."""
+
+    def table(self, width: int = 160) -> str:
+        """Return the text tables that `polar eval` prints, in lines of at most `width` characters."""
+        from polar.evaluation.tables import text_tables
+
+        return text_tables(self, width)
+
+    def content(self) -> dict[str, Any]:
+        """Return what `summary.json` holds."""
+        content = asdict(self)
+        del content["manifest"], content["directory"]
+        return {"scorers": self.manifest.scorers, **content}
+
+    def save(self, directory: str | Path) -> None:
+        """Write manifest, records and summary to a new directory, as `polar eval --output` does.
+
+        Raises:
+            InputError: the directory is in use, or the disk refuses it.
+        """
+        with new_directory(Path(directory)) as target:
+            with on_disk(directory):
+                shutil.copytree(self.directory / RECORDS, target / RECORDS)
+            write_manifest(target, self.manifest)
+            write_json(target / SUMMARY, self.content())
 
 
 @dataclass(slots=True)
@@ -222,13 +252,14 @@ def summarise(directory: str | Path) -> Summary:
     Raises:
         InputError: a file is damaged or missing.
     """
-    return summary_of(survey_of(read_manifest(directory), read_records(directory)))
+    return summary_of(survey_of(read_manifest(directory), read_records(directory)), directory)
 
 
-def summary_of(found: Survey) -> Summary:
-    """The summary of what was kept of the records."""
+def summary_of(found: Survey, directory: str | Path) -> Summary:
+    """Return the summary of what was kept of the records in a directory."""
     facts, scorers = found.manifest.datasets, found.manifest.scorers
     return Summary(
+        found.manifest,
         tuple(_results(found)),
         tuple(_sensitivity(*key, own, scorers) for key, own in sorted(found.perturbed.items())),
         tuple(_several_references(dataset, own, scorers) for dataset, own in found.referenced.items()),
@@ -250,6 +281,7 @@ def summary_of(found: Survey) -> Summary:
             if MODEL in scorers
             for dataset in outcomes.datasets
         ),
+        Path(directory),
     )
 
 
