@@ -134,7 +134,8 @@ def evaluate(
             max_response_length=max_response_length,
         )
     with opened as rewarding, ExitStack() as temporary:
-        facts, own = None, []
+        facts: ModelFacts | None = None
+        own: list[str] = []
         if rewarding is not None:
             name = None if isinstance(model, RewardModel) else model
             facts = model_facts(name, rewarding.template, rewarding.local, engine)
