@@ -9,6 +9,7 @@ DATA holds the Parquet files that `recipes/evaluation/prepare.py` describes, HEL
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from random import Random
@@ -53,6 +54,7 @@ def main(data: str, held_out: str, work: str) -> None:
             write(target / f"{name}.jsonl", rows)
     graded = shuffled(read(source / "graded" / "verify_bench_hard.parquet"))
     write(target / "verify-bench-hard.jsonl", [judged(row) for row in graded])
+    write(target / "gsm8k-best-of-n.jsonl", best_of_n(source))
     made = pq.read_table(held_out).to_pylist()
     write(
         target / "made.jsonl",
@@ -69,12 +71,43 @@ def main(data: str, held_out: str, work: str) -> None:
     )
 
 
+def best_of_n(source: Path) -> list[Row]:
+    """Questions of GSM8K with the answers of all models, most of them weak or middling, beside a person's solution."""
+    solutions = {
+        (row["prompt"][0]["content"].strip()): row["solution"]
+        for row in read(source / "tasks" / "math_tasks.parquet")
+        if row["source"] == "gsm8k" and row["split"] == "test"
+    }
+    found: dict[str, Row] = {}
+    for row in shuffled(read(source / "policies" / "zeroeval_gsm.parquet")):
+        question = QUESTION.search(row["prompt"][0]["content"])
+        answer = ANSWER.findall(row["output"])
+        if question is None or not answer or (prompt := question.group(1).strip()) not in solutions:
+            continue
+        item = found.setdefault(
+            prompt, {"prompt": prompt, "reference": solutions[prompt], "candidates": [], "quality": []}
+        )
+        item["candidates"].append(row["output"])
+        item["quality"].append(float(number(answer[-1]) == number(row["meta"]["gold"])))
+    return [item for item in found.values() if len(item["candidates"]) > 31 and sum(item["quality"]) > 0]
+
+
+QUESTION = re.compile(r"## Question:(.*?)## Instruction", re.DOTALL)
+ANSWER = re.compile(r'"answer"\s*:\s*"?([^"}\n]*)')
+
+
+def number(value: str) -> float | None:
+    """The last number of a text."""
+    found = re.findall(r"-?\d+(?:\.\d+)?", value.replace(",", ""))
+    return float(found[-1]) if found else None
+
+
 def read(path: Path) -> list[Row]:
     """Rows of a Parquet file; messages and meta are read."""
     rows: list[Row] = pq.read_table(path).to_pylist()
     for row in rows:
         for field, value in row.items():
-            if isinstance(value, str) and value.startswith(('[{"role"', "{")) and field != "domain":
+            if isinstance(value, str) and value.startswith("{" if field == "meta" else '[{"role"'):
                 row[field] = json.loads(value)
     return rows
 

@@ -1,6 +1,6 @@
 """Make the training mixture of polar-mini, and its held-out part, from public data.
 
-    python recipes/mini/mixture.py DATA mixture.parquet held-out.parquet [--seed N] [--second]
+    python recipes/mini/mixture.py DATA mixture.parquet held-out.parquet [--seed N] [--draw first|second|chat]
 
 DATA holds the Parquet files that `recipes/evaluation/prepare.py` describes. A row is a comparison of two answers beside
 a reference (prompt, reference, positive, negative) and its `kind`; rows that differ in the negative alone follow each
@@ -59,16 +59,14 @@ def main() -> None:
     parser.add_argument("train")
     parser.add_argument("held_out")
     parser.add_argument("--seed", type=int, default=1, help="another seed is another draw of the training part")
-    parser.add_argument("--second", action="store_true", help="the smaller draw for the end of the training")
+    parser.add_argument("--draw", choices=list(DRAWS), default="first", help="how many of each kind")
     arguments = parser.parse_args()
     source = Sources(Path(arguments.data))
     for split, target in (("train", arguments.train), ("heldout", arguments.held_out)):
         seed = arguments.seed if split == "train" else 0
         rows: list[list[Row]] = []
         counts: Counter[str] = Counter()
-        for kind, (prompt, reference, positive, negatives) in groups(
-            source, split, seed, SECOND if arguments.second else FIRST
-        ):
+        for kind, (prompt, reference, positive, negatives) in groups(source, split, seed, DRAWS[arguments.draw]):
             if split == "train" or counts[kind] < HELD_OUT:
                 counts[kind] += 1
                 group = {"prompt": prompt, "reference": reference, "positive": positive, "kind": kind}
@@ -125,7 +123,10 @@ FIRST = {"crux": 1000, "math": 900, "numersense": 300, "mmlu": 1400, "kor": 1200
 FIRST |= {"closer": 0, "arena": 900, "strength": 900, "harmless": 400, "copy": 180, "changed": 180, "made": 180}
 SECOND = {"crux": 120, "math": 150, "numersense": 70, "mmlu": 180, "kor": 220, "short": 750, "policy": 620}
 SECOND |= {"closer": 620, "arena": 230, "strength": 230, "harmless": 260, "copy": 140, "changed": 170, "made": 36}
-"""Groups of each kind in the two draws; "made" is for each of the made cases but copy and changed."""
+CHAT = {"crux": 90, "math": 110, "numersense": 40, "mmlu": 130, "kor": 160, "short": 500, "policy": 1100}
+CHAT |= {"closer": 1500, "arena": 450, "strength": 500, "harmless": 300, "copy": 100, "changed": 130, "made": 30}
+DRAWS = {"first": FIRST, "second": SECOND, "chat": CHAT}
+"""Groups of each kind in the draws; "made" is for each of the made cases but copy and changed."""
 
 
 def groups(source: Sources, split: str, seed: int, counts: dict[str, int]) -> Iterator[tuple[str, Compared]]:
@@ -474,7 +475,7 @@ def policy(source: Sources, split: str, random: Random, most: int) -> Iterator[C
                 alike = [name for name in others if name[:6] == own[:6]]
                 others = alike if len(alike) > 1 else others
             negatives = [random.choice(by[name]) for name in random.sample(others, min(2, len(others)))]
-            length = random.choice([250, 400, 600, 900])
+            length = random.choice([250, 500, 900, 1600])
             reference, positive, *negatives = (one[:length].strip() for one in (reference, positive, *negatives))
             if all((reference, positive, *negatives)) and positive != reference:
                 yield prompt[-1500:], reference, positive, negatives
@@ -485,15 +486,17 @@ def closer(source: Sources, split: str, random: Random, most: int) -> Iterator[C
 
     Its labels have no noise, unlike those of policies and judges, and it teaches to compare long texts word by word.
     """
-    found = oasst(source, split)
-    prompts = [prompt for prompt, by in found.items() if len(by) > 4]
-    random.shuffle(prompts)
-    for number in range(most if prompts else 0):
-        prompt = prompts[number % len(prompts)]
-        outputs = sorted({output for by in found[prompt].values() for output in by if output.strip()})
-        if len(outputs) < 5:
-            continue
-        length = random.choice([250, 400, 700, 1000])
+    sources = [oasst(source, split), *(reruns(source, split, name) for name in ("arena_hard", "mt_bench"))]
+    pools = [
+        (prompt, outputs)
+        for found in sources
+        for prompt, by in found.items()
+        if len(outputs := sorted({output for outputs in by.values() for output in outputs if output.strip()})) > 4
+    ]
+    random.shuffle(pools)
+    for number in range(most if pools else 0):
+        prompt, outputs = pools[number % len(pools)]
+        length = random.choice([300, 600, 1000, 1600, 2400])
         reference, *others = (output[:length].strip() for output in random.sample(outputs, min(7, len(outputs))))
         others.sort(key=lambda output: likeness(output, reference), reverse=True)
         best, middle, worst = others[0], others[len(others) // 2], others[-1]
