@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from polar import Comparison, Template
-from polar.client import transport
+from polar.core import http
 from polar.core.checkpoint import Probe
 from tests.client.fakes import reward
 
@@ -36,5 +36,5 @@ def served(template: Template, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(transport, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(http, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(http, "LONGEST_PAUSE_SECONDS", 0.05)

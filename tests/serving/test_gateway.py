@@ -165,7 +165,7 @@ def test_a_request_ends_with_the_servers_of_its_checkpoint(tmp_path: Path, templ
         app.free.set()
         await reload
         assert (await request).status_code == 200
-        assert server.http.is_closed
+        assert server.endpoint._http.is_closed
         assert front.checkpoint.servers is not before
         assert (await client.post("/v1/rewards", json=BODY)).status_code == 200
         assert front.idle

@@ -12,19 +12,10 @@ from typing import Self, cast
 
 from polar.client.engines import Answer, ServerType, ways_to_ask
 from polar.client.probe import diagnose
-from polar.client.transport import (
-    ABOUT_ITEMS,
-    NO_SUCH_PATH,
-    Limits,
-    RefusedError,
-    Server,
-    Transport,
-    open_server,
-    parse_addresses,
-    server_key,
-)
+from polar.client.transport import INPUT_STATUSES, Limits, Server, Transport, open_servers
 from polar.core.checkpoint import BUNDLED_NAME, read_probes, served_directory
 from polar.core.errors import EngineError, InputError, RewardError
+from polar.core.http import NO_SUCH_PATH, RefusedError
 from polar.core.records import Comparison, Group
 from polar.core.template import Compat, EncodedGroup, Template
 from polar.data import formats
@@ -93,10 +84,7 @@ class AsyncRewardModelClient:
                 "RewardModel and save it again",
                 directory,
             )
-        key = server_key()
-        addresses = parse_addresses(server_address, server_type)
-        servers = [open_server(address, kind, key, self.limits) for address, kind in addresses]
-        self._transport = Transport(servers, key, self.limits, self._prove)
+        self._transport = Transport(open_servers(server_address, server_type, self.limits), self.limits, self._prove)
         self._connecting = asyncio.Lock()
         self._connected = False
         self._gatherer = Gatherer(self._answers, self.limits.batch_items)
@@ -230,7 +218,7 @@ class AsyncRewardModelClient:
             try:
                 return await self._transport.ask(part, deadline, MOST_TRIES if len(part) == len(batch) else 2)
             except RefusedError as error:
-                if len(part) == 1 or error.status not in ABOUT_ITEMS or not splits:
+                if len(part) == 1 or error.status not in INPUT_STATUSES or not splits:
                     among = f" (in a request of {len(part)} inputs)" if len(part) > 1 else ""
                     return [f"{error}{among}"] * len(part)
             splits -= 1

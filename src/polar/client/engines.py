@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from polar.core.errors import EngineError
+from polar.core.http import BrokenError
 
 ServerType = Literal["auto", "polar", "vllm", "vllm-pooling", "sglang", "sglang-embeddings", "lmdeploy"]
 
@@ -28,7 +29,7 @@ Answer = float | str
 """A reward, or why there is none."""
 
 
-class NonsenseError(Exception):
+class NonsenseError(BrokenError):
     """A reply that does not follow the engine's format, so that no part of it can be trusted."""
 
 

@@ -6,40 +6,29 @@ import asyncio
 import json
 import logging
 import threading
-import time
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
-from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-import httpx2
+from tenacity import RetryCallState, retry_if_exception_type, stop_after_delay
 
 from polar.client.client import AsyncRewardModelClient
 from polar.client.engines import ServerType
-from polar.client.transport import (
-    MOST_BYTES,
-    NO_SUCH_PATH,
-    QUESTION,
-    Limits,
-    connection,
-    parse_addresses,
-    pause,
-    server_key,
-)
+from polar.client.transport import QUESTION_SECONDS, Limits, open_servers
+from polar.core import aio
 from polar.core.checkpoint import BUNDLED_NAME, CHECKPOINT_FILE
 from polar.core.errors import EngineError, InputError
-from polar.core.http import error_message, one_line, parse_json
+from polar.core.http import NO_SUCH_PATH, BrokenError, Endpoint, RefusedError, UnavailableError, parse_json, retrying
 from polar.core.records import Comparison, Group
 from polar.core.template import Compat, EncodedGroup, seed_text
 from polar.data.formats import Item, comparisons
 
 log = logging.getLogger(__name__)
 
-PATH = "/v1/checkpoint"
+CHECKPOINT_PATH = "/v1/checkpoint"
 Result = TypeVar("Result")
 
 
@@ -263,63 +252,46 @@ def fetch_checkpoint(server_address: str, directory: Path, deadline: float) -> N
 
     Raises:
         InputError: an address or the key is unusable.
-        EngineError: none can be reached, or a server is no `polar serve`, does not let us in or tells no such thing.
+        EngineError: none can be reached, or a server is no `polar serve`, or refuses us.
     """
-    end = time.monotonic() + deadline
-    key = server_key()
-    with ExitStack() as stack:
-        servers = [
-            stack.enter_context(httpx2.Client(**connection(address, key), timeout=min(QUESTION, deadline)))
-            for address, _ in parse_addresses(server_address, "auto")
-        ]
-        for tries in count(1):
-            for server in servers:
-                try:
-                    content = _answer(server, PATH)
-                except (httpx2.HTTPError, _UnavailableError) as error:
-                    last = one_line(f"{_address(server)}: {error or type(error).__name__}", key)
-                    log.log(logging.WARNING if tries == 1 else logging.DEBUG, "%s; it is tried again later", last)
-                    continue
-                except EngineError as error:
-                    raise EngineError(one_line(str(error), key)) from None
-                _write(content, server, directory)
-                return
-            if time.monotonic() + pause(tries) > end:
-                raise EngineError(f"no server answers: {last}")
-            time.sleep(pause(tries))
-
-
-class _UnavailableError(Exception):
-    """The server cannot answer now."""
-
-
-def _answer(server: httpx2.Client, path: str) -> Any:
-    """The JSON at a path of a server, or None where it has none."""
-    with server.stream("GET", path) as response:
-        content = bytearray()
-        for chunk in response.iter_bytes():
-            content += chunk
-            if len(content) > MOST_BYTES:
-                raise EngineError(f"{_address(server)}: a reply of more than {MOST_BYTES:,} bytes")
-    status = response.status_code
-    if response.is_success:
-        return parse_json(bytes(content))
-    if status in NO_SUCH_PATH:
-        return None
-    reason = f"HTTP {status}: {error_message(bytes(content)) or response.reason_phrase}"
-    if response.is_server_error or status == 429:
-        raise _UnavailableError(reason)
-    raise EngineError(f"{_address(server)}: {reason}")
-
-
-def _write(content: Any, server: httpx2.Client, directory: Path) -> None:
+    endpoints = [server.endpoint for server in open_servers(server_address, "auto", Limits())]
+    address, content = aio.run(_first_checkpoint(endpoints, deadline))
     match content:
         case {"checkpoint": dict(facts), "tokenizer": str(tokenizer)}:
             (directory / CHECKPOINT_FILE).write_text(json.dumps(facts), "utf-8")
             (directory / "tokenizer.json").write_text(tokenizer, "utf-8")
         case _:
-            raise EngineError(f"{_address(server)}: no `polar serve`, which would tell its checkpoint at {PATH}")
+            raise EngineError(f"{address}: no `polar serve`, which would tell its checkpoint at {CHECKPOINT_PATH}")
 
 
-def _address(server: httpx2.Client) -> str:
-    return str(server.base_url).rstrip("/")
+async def _first_checkpoint(endpoints: Sequence[Endpoint], deadline: float) -> tuple[str, Any]:
+    """The address of the first server that answers, and what it says about its checkpoint."""
+
+    async def ask_each() -> tuple[str, Any]:
+        reasons = []
+        for endpoint in endpoints:
+            try:
+                reply = await endpoint.fetch("GET", CHECKPOINT_PATH, min(QUESTION_SECONDS, deadline))
+                return endpoint.address, parse_json(reply.content)
+            except (UnavailableError, BrokenError) as error:
+                reasons.append(f"{endpoint.address}: {error}")
+            except RefusedError as error:
+                if error.status in NO_SUCH_PATH:
+                    return endpoint.address, None
+                raise EngineError(f"{endpoint.address}: {error}") from None
+        raise UnavailableError("; ".join(reasons))
+
+    def report(state: RetryCallState) -> None:
+        level = logging.WARNING if state.attempt_number == 1 else logging.DEBUG
+        log.log(level, "%s; asked again later", state.outcome and state.outcome.exception())
+
+    unavailable = retry_if_exception_type(UnavailableError)
+    try:
+        tries = retrying(unavailable, stop_after_delay(deadline), deadline=deadline, before_sleep=report)
+        found: tuple[str, Any] = await tries(ask_each)
+        return found
+    except UnavailableError as error:
+        raise EngineError(f"no server answers: {error}") from None
+    finally:
+        for endpoint in endpoints:
+            await endpoint.close()
