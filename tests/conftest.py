@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,8 +111,15 @@ def llama(template: Template) -> RewardModel:
     return build_model("llama", template)
 
 
+@pytest.fixture(scope="session")
+def saved_llama(llama: RewardModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved reward model, which no test may change."""
+    directory = tmp_path_factory.mktemp("saved") / "checkpoint"
+    llama.save(directory)
+    return directory
+
+
 @pytest.fixture
-def checkpoint(llama: RewardModel, tmp_path: Path) -> Path:
-    """A saved reward model."""
-    llama.save(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
+def checkpoint(saved_llama: Path, tmp_path: Path) -> Path:
+    """A saved reward model of the test's own."""
+    return shutil.copytree(saved_llama, tmp_path / "checkpoint")

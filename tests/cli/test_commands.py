@@ -55,7 +55,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_files_in_files_out_ids_and_order_kept(tmp_path: Path, checkpoint: Path) -> None:
     source = write(tmp_path / "in.jsonl", rows(600))
     for target in ("out.jsonl", "out.parquet"):
-        assert main(["score", source, "--model", str(checkpoint), "--to", str(tmp_path / target), "--explain"]) == 0
+        assert main(["score", source, "--model", str(checkpoint), "--output", str(tmp_path / target), "--explain"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [row["id"] for row in rows(600)]
     assert pq.read_table(tmp_path / "out.parquet").to_pylist() == lines
@@ -76,7 +76,7 @@ def test_stdin_to_stdout_and_broken_pipe(tmp_path: Path, checkpoint: Path) -> No
 
 
 def test_flags_score_one_group(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--prompt", "2+2?", "--reference", "4", "--output", "-4", "--output", "--4"]
+    words = ["--prompt", "2+2?", "--reference", "4", "--candidate", "-4", "--candidate", "--4"]
     assert main(["score", *words, "--model", str(checkpoint)]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["candidate"] for line in lines] == [0, 1]
@@ -109,7 +109,7 @@ def test_several_references_become_one_reward(
     tokens = [[line["tokens"] for line in lines] for lines in (several, first, second)]
     assert tokens[0] == [a + b for a, b in zip(*tokens[1:], strict=True)]
     flags = [word for text in texts for word in ("--reference", text)]
-    assert main(["score", "--prompt", "p", *flags, "--output", "a", "--output", "b", *words]) == 0
+    assert main(["score", "--prompt", "p", *flags, "--candidate", "a", "--candidate", "b", *words]) == 0
     assert [json.loads(line)["reward"] for line in capsys.readouterr().out.splitlines()] == pytest.approx(
         [line["reward"] for line in several], abs=1e-6
     )
@@ -121,10 +121,10 @@ def test_a_broken_row_stops_or_is_skipped_and_counted(
     lines: list[object] = [*rows(2000)]
     lines[1000] = {"id": "x", "prompt": "p", "reference": None, "output": "o"}
     source, target = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
-    assert main(["score", source, "--model", str(checkpoint), "--to", str(target)]) == 2
+    assert main(["score", source, "--model", str(checkpoint), "--output", str(target)]) == 2
     assert re.search(r'in\.jsonl:1001: field "reference": expected .*found null', error_line(capsys))
     assert not target.exists()
-    words = ["score", source, "--model", str(checkpoint), "--to", str(target), "--on-bad-row", "skip"]
+    words = ["score", source, "--model", str(checkpoint), "--output", str(target), "--on-bad-row", "skip"]
     assert main(words) == 0
     assert "skipped 1 unreadable rows, scored 1999" in capsys.readouterr().err
     assert len(target.read_text().splitlines()) == 1999
@@ -153,15 +153,15 @@ def test_bad_files(
     [
         (["nonsense"], "Unknown command"),
         (["score"], "nothing to score"),
-        (["score", "--prompt", "p"], "--reference, --output missing"),
+        (["score", "--prompt", "p"], "--reference, --candidate missing"),
         (["score", "missing.jsonl"], "missing.jsonl"),
         (["score", "--nope", "x"], "unknown flag --nope"),
         (["score", "a.jsonl", "--prompt", "p"], "not both"),
         (["score", "a.jsonl", "--on-bad-row", "ignore"], "on-bad-row"),
         (["score", "a.jsonl", "--aggregate", "min"], "aggregate"),
         (["score", "--batch-tokens", "many"], "batch-tokens"),
-        (["score", "--prompt", "p", "--reference", "r", "--output", "o", "--model", "no/such"], "no/such"),
-        (["score", "--prompt", "p", "--reference", "r", "--output", "o", "--device", "tpu"], "tpu"),
+        (["score", "--prompt", "p", "--reference", "r", "--candidate", "o", "--model", "no/such"], "no/such"),
+        (["score", "--prompt", "p", "--reference", "r", "--candidate", "o", "--device", "tpu"], "tpu"),
         (["pretrain", "--output", "x"], "data"),
         (["pretrain", "--config", "missing.yaml"], "no such file"),
         (["convert", "missing-directory", "target"], "missing-directory"),
@@ -202,15 +202,63 @@ def test_a_broken_config_file_is_named_with_its_line(
     assert message in error_line(capsys)
 
 
-@pytest.mark.parametrize("command", [["score", "--output", "4"], ["rank", "--candidate", "4"]])
+@pytest.mark.parametrize("command", [["score", "--candidate", "4"], ["rank", "--candidate", "4"]])
 def test_a_hyphen_is_stdout(command: list[str], checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     question = ["--prompt", "2+2?", "--reference", "4", "--model", str(checkpoint), "--device", "cpu"]
-    assert main([*command, *question, "--to", "-"]) == 0
+    assert main([*command, *question, "--output", "-"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    "command", [["score", "--prompt", "p", "--reference", "r", "--output", "o", "--server-address"], ["parity"]]
+    ("words", "warnings"),
+    [
+        (["--output", "4", "--output", "5"], ["--output for a text is --candidate now"]),
+        (["--output", "4", "--to", "FILE"], ["--to is --output now", "--output for a text is --candidate now"]),
+        (["--candidate", "4", "--to", "FILE"], ["--to is --output now"]),
+        (["--candidate", "4", "--output", "FILE"], []),
+    ],
+)
+def test_old_names_of_flags_work_with_a_warning(
+    words: list[str], warnings: list[str], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "out.jsonl"
+    words = [str(target) if word == "FILE" else word for word in words]
+    assert main(["score", "--prompt", "2+2?", "--reference", "4", "--model", str(checkpoint), *words]) == 0
+    captured = capsys.readouterr()
+    found = [line.removeprefix("polar: warning: ") for line in captured.err.splitlines() if "warning" in line]
+    assert [line.partition(";")[0] for line in found] == warnings
+    written = target.read_text() if str(target) in words else captured.out
+    assert len(written.splitlines()) == sum(word in ("4", "5") for word in words)
+
+
+def test_the_old_name_of_the_file_of_ranks_works(checkpoint: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", rows(1))
+    words = ["rank", source, "--model", str(checkpoint), "--to", str(tmp_path / "out.jsonl")]
+    assert main(words) == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
+    assert main([*words, "--output", str(tmp_path / "other.jsonl")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--output", "rewards.jsonl"], "--output rewards.jsonl: expected --candidate for the texts"),
+        (["--output", "-"], "--output -: expected --candidate for the texts"),
+        (["--candidate", "4", "--output", "5", "--output", "6"], "expected one file for the results, found 5, 6"),
+        (["--candidate", "4", "--output", "a.jsonl", "--to", "b.jsonl"], "found a.jsonl, b.jsonl"),
+        (["--candidate", "4", "--output", "5"], "5: "),
+    ],
+)
+def test_a_text_is_never_taken_for_a_file_nor_a_file_for_a_text(
+    words: list[str], message: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    question = ["--prompt", "2+2?", "--reference", "4", "--model", str(checkpoint)]
+    assert main(["score", *question, *words]) == 2
+    assert message in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "command", [["score", "--prompt", "p", "--reference", "r", "--candidate", "o", "--server-address"], ["parity"]]
 )
 def test_a_port_that_is_none_is_one_line(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "127.0.0.1:99999"]) == 2
@@ -226,7 +274,7 @@ def test_environment_variables_set_flags(checkpoint: Path, tmp_path: Path) -> No
 
 COMMANDS = [name for name in app if not name.startswith("-") and name != "corpus"]
 COMMANDS += ["eval report", "corpus prompts", "corpus clean", "corpus report"]
-HEAVY = ["accelerate", "torch", "transformers"]
+HEAVY = ["accelerate", "datasketch", "duckdb", "matplotlib", "scipy", "torch", "transformers"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -259,7 +307,7 @@ def test_our_own_fault_exits_with_1_and_a_traceback(checkpoint: Path) -> None:
         "import sys, polar.cli.main as m, polar.model.reward_model as r\n"
         "def broken(*a, **k): raise RuntimeError('bug')\n"
         "r.RewardModel.load = broken\n"
-        "sys.exit(m.main(['score', '--prompt', 'p', '--reference', 'r', '--output', 'o']))\n"
+        "sys.exit(m.main(['score', '--prompt', 'p', '--reference', 'r', '--candidate', 'o']))\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT, timeout=60
@@ -272,7 +320,17 @@ def test_a_killed_run_leaves_no_half_result(tmp_path: Path, checkpoint: Path) ->
     source = write(tmp_path / "in.jsonl", [{**row, "output": "word " * 100} for row in rows(20_000)])
     target = tmp_path / "results" / "out.jsonl"
     target.parent.mkdir()
-    words = [sys.executable, "-m", "polar.cli.main", "score", source, "--model", str(checkpoint), "--to", str(target)]
+    words = [
+        sys.executable,
+        "-m",
+        "polar.cli.main",
+        "score",
+        source,
+        "--model",
+        str(checkpoint),
+        "--output",
+        str(target),
+    ]
     process = subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not any(target.parent.iterdir()) and time.monotonic() < deadline:

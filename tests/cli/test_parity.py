@@ -8,7 +8,7 @@ import pytest
 
 from polar import RewardModel
 from polar.cli.main import main
-from polar.cli.parity import QUESTIONS, compare
+from polar.cli.serve import QUESTIONS, compare
 from polar.core.template import EncodedGroup
 from tests.client.fakes import Fake, Ids, Reply, sglang, vllm
 

@@ -33,7 +33,7 @@ def read(path: Path) -> list[dict]:
 
 
 def rank(*words: str, checkpoint: Path, to: Path) -> list[dict]:
-    assert main(["rank", *words, "--model", str(checkpoint), "--to", str(to)]) == 0
+    assert main(["rank", *words, "--model", str(checkpoint), "--output", str(to)]) == 0
     return read(to)
 
 
@@ -96,9 +96,9 @@ def test_a_prompt_that_comes_back_later_is_an_error(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"prompt": prompt, "reference": "r", "output": "o"} for prompt in "aba"]
-    words = [write(tmp_path / "in.jsonl", rows), "--model", str(checkpoint), "--to", str(tmp_path / "out.jsonl")]
+    words = [write(tmp_path / "in.jsonl", rows), "--model", str(checkpoint), "--output", str(tmp_path / "out.jsonl")]
     assert main(["rank", *words]) == 2
-    assert "in.jsonl:3: this prompt with this reference stood in earlier rows" in capsys.readouterr().err
+    assert "in.jsonl:3: this prompt with this reference is in earlier rows" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -122,7 +122,7 @@ def test_a_least_z_score_needs_a_calibration(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write(tmp_path / "in.jsonl", [group(n) for n in range(4)])
-    words = ["rank", source, "--model", str(checkpoint), "--min-zscore", "0", "--to", str(tmp_path / "out.jsonl")]
+    words = ["rank", source, "--model", str(checkpoint), "--min-zscore", "0", "--output", str(tmp_path / "out.jsonl")]
     assert main(words) == 2
     assert "polar calibrate" in capsys.readouterr().err
     everything = rank(source, checkpoint=checkpoint, to=tmp_path / "all.jsonl")
@@ -146,7 +146,7 @@ def test_equal_rewards_keep_their_order_and_limits_come_before_the_best_k() -> N
 
 def test_parquet_in_and_out(checkpoint: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [{"prompt": "p", "reference": "r", "candidates": ANSWERS}])
-    words = ["--model", str(checkpoint), "--to"]
+    words = ["--model", str(checkpoint), "--output"]
     assert main(["rank", source, *words, str(tmp_path / "out.parquet")]) == 0
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [row["rank"] for row in rows] == [1, 2, 3, 4, 5]
@@ -188,7 +188,7 @@ def test_bad_rows_stop_or_are_skipped_and_counted(
     change: dict, message: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write(tmp_path / "in.jsonl", [group(0), {**group(1), **change}, group(2)])
-    words = ["rank", source, "--model", str(checkpoint), "--to", str(tmp_path / "out.jsonl")]
+    words = ["rank", source, "--model", str(checkpoint), "--output", str(tmp_path / "out.jsonl")]
     assert main(words) == 2
     assert message in capsys.readouterr().err
     assert main([*words, "--on-bad-row", "skip"]) == 0

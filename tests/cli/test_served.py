@@ -83,7 +83,7 @@ def test_a_server_that_fails_is_one_line_and_no_file(
 
     data, to = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), "utf-8")
-    words = [command, str(data), "--model", str(checkpoint), "--to", str(to)]
+    words = [command, str(data), "--model", str(checkpoint), "--output", str(to)]
     with Fake("vllm", refuse, model=rewards_of(llama)) as server:
         assert main([*words, "--server-address", server.address]) == 2
         error = capsys.readouterr().err

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForSequenceC
 
 from polar import AsyncRewardModelClient, Comparison, RewardModel, RewardModelClient
 from polar.cli.main import main
-from polar.cli.parity import _groups
+from polar.cli.serve import _groups
 from polar.core.errors import EngineError, RewardError
 from tests.corpus.engines.test_peers import running
 

@@ -76,5 +76,3 @@ def test_without_a_model_there_are_the_baselines(suite: Suite) -> None:
     summary = evaluate(None, suite, limit=5)
     assert summary.manifest.model is None
     assert "model" not in summary.results[0].accuracy
-    with pytest.raises(InputError, match="a server has a model"):
-        evaluate(None, suite, server_address="127.0.0.1:1")

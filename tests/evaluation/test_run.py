@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 from polar import Comparison, InputError, Preference, RewardModel
-from polar.cli.evaluate import evaluate as evaluate_command
 from polar.cli.main import main
 from polar.core.records import Message, prompt_id, text_of
 from polar.data.writers import record_to_dict
 from polar.evaluation.manifest import read_manifest
 from polar.evaluation.records import WITHOUT_REFERENCE, Record, read_records
 from polar.evaluation.report import build_report
+from polar.evaluation.run import evaluate as evaluate_suite
+from polar.evaluation.suites import Suite
 from polar.evaluation.summary import SUMMARY, summarise
 from tests.evaluation.evaluating import triples, write_rows
 
@@ -39,8 +40,8 @@ def files(tmp_path: Path) -> tuple[str, str]:
     )
 
 
-def evaluate(output: Path, files: tuple[str, str], **settings: Any) -> list[Record]:
-    evaluate_command(triples=[files[0]], preferences=[files[1]], output=str(output), **settings)
+def evaluate(output: Path, files: tuple[str, str], *, model: Path | None = None, **settings: Any) -> list[Record]:
+    evaluate_suite(model, Suite.of_files(triples=[files[0]], preferences=[files[1]]), output=output, **settings)
     return list(read_records(output, texts=True))
 
 
@@ -57,7 +58,7 @@ def test_the_summary_is_printed_as_json(
 def test_every_item_is_recorded_with_the_rewards_of_all_scorers(
     checkpoint: Path, files: tuple[str, str], tmp_path: Path
 ) -> None:
-    records = evaluate(tmp_path / "out", files, model=str(checkpoint), without_reference=True)
+    records = evaluate(tmp_path / "out", files, model=checkpoint, without_reference=True)
     model = RewardModel.load(checkpoint)
     assert [(each.dataset, each.number) for each in records] == [
         *(("triples", number) for number in range(24)),
@@ -81,7 +82,7 @@ def test_every_item_is_recorded_with_the_rewards_of_all_scorers(
 
 
 def test_records_can_be_read_without_texts_and_with_sql(files: tuple[str, str], tmp_path: Path) -> None:
-    records = evaluate(tmp_path / "out", files, baselines_only=True)
+    records = evaluate(tmp_path / "out", files)
     without = list(read_records(tmp_path / "out"))
     assert without == [replace(record, prompt=None, reference=None, candidates=None) for record in records]
     assert {record.further_references for record in records} == {None}
@@ -93,7 +94,7 @@ def test_records_can_be_read_without_texts_and_with_sql(files: tuple[str, str], 
 
 
 def test_the_manifest_says_what_was_evaluated(checkpoint: Path, files: tuple[str, str], tmp_path: Path) -> None:
-    evaluate(tmp_path / "out", files, model=str(checkpoint))
+    evaluate(tmp_path / "out", files, model=checkpoint)
     manifest = read_manifest(tmp_path / "out")
     assert manifest.finished
     assert manifest.model is not None
@@ -107,10 +108,10 @@ def test_the_manifest_says_what_was_evaluated(checkpoint: Path, files: tuple[str
     assert manifest.datasets[1].reference == 'column "reference"'
     other = tmp_path / "other.jsonl"
     other.write_text(Path(files[0]).read_text("utf-8").replace("score?", "score!"), "utf-8")
-    evaluate_command(triples=[str(other)], baselines_only=True, output=str(tmp_path / "changed"))
+    evaluate_suite(None, Suite.of_files(triples=[other]), output=tmp_path / "changed")
     changed = read_manifest(tmp_path / "changed").datasets[0]
     assert changed.hash != manifest.datasets[0].hash
-    short = evaluate(tmp_path / "short", files, model=str(checkpoint), max_length=300)
+    short = evaluate(tmp_path / "short", files, model=checkpoint, max_length=300)
     again = read_manifest(tmp_path / "short").model
     assert again is not None
     assert again.hash == manifest.model.hash
@@ -125,8 +126,8 @@ class Killed(BaseException):
 def test_a_run_that_was_killed_goes_on_from_its_records(
     checkpoint: Path, files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("polar.evaluation.items.SHARD_ITEMS", 5)
-    expected = evaluate(tmp_path / "whole", files, model=str(checkpoint))
+    monkeypatch.setattr("polar.evaluation.records.SHARD_ITEMS", 5)
+    expected = evaluate(tmp_path / "whole", files, model=checkpoint)
     score, calls = RewardModel.score_encoded, 0
 
     def score_a_little(self: RewardModel, groups: Sequence[Any], **settings: Any) -> list[list[float]]:
@@ -138,13 +139,13 @@ def test_a_run_that_was_killed_goes_on_from_its_records(
 
     monkeypatch.setattr(RewardModel, "score_encoded", score_a_little)
     with pytest.raises(Killed):
-        evaluate(tmp_path / "out", files, model=str(checkpoint))
+        evaluate(tmp_path / "out", files, model=checkpoint)
     shards = sorted((tmp_path / "out" / "records").iterdir())
     assert [shard.name for shard in shards] == [f"triples-0000{number}.parquet" for number in range(3)]
     assert not read_manifest(tmp_path / "out").finished
     assert list(read_records(tmp_path / "out", texts=True)) == expected[:15]
     before = [shard.stat().st_mtime_ns for shard in shards]
-    assert evaluate(tmp_path / "out", files, model=str(checkpoint)) == expected
+    assert evaluate(tmp_path / "out", files, model=checkpoint) == expected
     assert calls == 4 + 3  # two more of the triples, one of the preferences
     assert [shard.stat().st_mtime_ns for shard in shards] == before
     whole, resumed = (read_manifest(tmp_path / name) for name in ("whole", "out"))
@@ -184,19 +185,19 @@ def test_records_of_another_run_or_of_other_data_are_never_mixed(
     checkpoint: Path, files: tuple[str, str], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    evaluate(output, files, model=str(checkpoint))
+    evaluate(output, files, model=checkpoint)
     with pytest.raises(InputError, match="records of another run .its settings"):
-        evaluate(output, files, model=str(checkpoint), limit=3)
+        evaluate(output, files, model=checkpoint, limit=3)
     with pytest.raises(InputError, match="its model: .*, weights .*; now: .*, weights"):
-        evaluate(output, files, model=str(checkpoint), max_length=300)
+        evaluate(output, files, model=checkpoint, max_length=300)
     text = Path(files[0]).read_text("utf-8")
     Path(files[0]).write_text(text.replace("score?", "score!"), "utf-8")
     with pytest.raises(InputError, match="triples-00000.parquet: holds records of other items"):
-        evaluate(output, files, model=str(checkpoint))
+        evaluate(output, files, model=checkpoint)
     Path(files[0]).write_text(text, "utf-8")
     (output / "manifest.json").unlink()
     with pytest.raises(InputError, match="records without a manifest"):
-        evaluate(output, files, model=str(checkpoint))
+        evaluate(output, files, model=checkpoint)
     with pytest.raises(InputError, match="no manifest.json; expected a directory that `polar eval --output` wrote"):
         list(read_records(output))
     (output / "manifest.json").write_text("{}", "utf-8")
@@ -211,23 +212,23 @@ def test_the_same_suite_may_be_named_in_another_way(
     suite.write_text(f"datasets: [{{name: a, path: '{files[0]}', task: policy discrimination}}]", "utf-8")
     for name in (str(suite), "suite.yaml"):
         monkeypatch.chdir(tmp_path)
-        evaluate_command(name, output=str(tmp_path / "out"), baselines_only=True)
+        evaluate_suite(None, name, output=tmp_path / "out")
     assert len(list(read_records(tmp_path / "out"))) == 24
 
 
 def test_data_that_became_shorter_are_noticed(
     files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("polar.evaluation.items.SHARD_ITEMS", 12)
-    evaluate(tmp_path / "out", files, baselines_only=True)
+    monkeypatch.setattr("polar.evaluation.records.SHARD_ITEMS", 12)
+    evaluate(tmp_path / "out", files)
     lines = Path(files[0]).read_text("utf-8").splitlines(keepends=True)
     Path(files[0]).write_text("".join(lines[:12]), "utf-8")
     with pytest.raises(InputError, match="triples-00001.parquet: holds records of other items"):
-        evaluate(tmp_path / "out", files, baselines_only=True)
+        evaluate(tmp_path / "out", files)
 
 
 def test_a_damaged_record_file_is_named(files: tuple[str, str], tmp_path: Path) -> None:
-    evaluate(tmp_path / "out", files, baselines_only=True)
+    evaluate(tmp_path / "out", files)
     (tmp_path / "out" / "records" / "triples-00000.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match="triples-00000.parquet: cannot be read as records"):
         list(read_records(tmp_path / "out"))
@@ -236,8 +237,11 @@ def test_a_damaged_record_file_is_named(files: tuple[str, str], tmp_path: Path) 
 def test_the_command_shows_what_the_records_say(
     checkpoint: Path, files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluate(tmp_path / "out", files, model=str(checkpoint))
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = " ".join(
+        evaluate_suite(checkpoint, Suite.of_files(triples=[files[0]], preferences=[files[1]]), output=tmp_path / "out")
+        .table()
+        .split()
+    )
     summary = summarise(tmp_path / "out")
     content = json.loads((tmp_path / "out" / "summary.json").read_text("utf-8"))
     assert content["results"] == json.loads(json.dumps([asdict(result) for result in summary.results]))
@@ -252,7 +256,7 @@ def test_the_command_shows_what_the_records_say(
 def test_items_that_do_not_fit_are_counted(checkpoint: Path, tmp_path: Path) -> None:
     long = replace(triples()[0], negative="number " * 400)
     path = write_rows(tmp_path / "long.jsonl", [record_to_dict(triple) for triple in (*triples(), long)])
-    evaluate_command(model=str(checkpoint), triples=[path], output=str(tmp_path / "out"))
+    evaluate_suite(checkpoint, Suite.of_files(triples=[path]), output=tmp_path / "out")
     (result,) = summarise(tmp_path / "out").results
     assert (result.items, result.truncated, result.reference_copies) == (25, 1, 0)
     *fitting, last = read_records(tmp_path / "out")
@@ -265,9 +269,8 @@ def test_bad_rows_are_an_error_or_are_counted(files: tuple[str, str], capsys: py
     with Path(files[0]).open("a", encoding="utf-8") as file:
         file.write('{"prompt": "no reference"}\n')
     with pytest.raises(InputError, match=r"triples\.jsonl:25"):
-        evaluate_command(triples=[files[0]], baselines_only=True)
-    evaluate_command(triples=[files[0]], baselines_only=True, on_bad_row="skip")
-    assert "skipped 1 rows" in capsys.readouterr().out
+        evaluate_suite(None, Suite.of_files(triples=[files[0]]))
+    assert "skipped 1 rows" in evaluate_suite(None, Suite.of_files(triples=[files[0]]), on_bad_row="skip").table()
 
 
 def test_a_suite_with_perturbations_best_of_n_and_official_scores_is_evaluated_in_one_command(
@@ -290,11 +293,10 @@ def test_a_suite_with_perturbations_best_of_n_and_official_scores_is_evaluated_i
         "  - {name: best, path: best.jsonl, task: best of N, perturbations: [upper case, prompt injection]}\n"
         "  - {name: right, path: best.jsonl, task: verifiable correctness, scoring: RMB}\n"
     )
-    evaluate_command(str(tmp_path / "suite.yaml"), model=str(checkpoint), output=str(tmp_path / "out"), limit=5)
-    shown = capsys.readouterr().out
+    summary = evaluate_suite(checkpoint, tmp_path / "suite.yaml", limit=5)
+    shown = summary.table()
     for words in ("best of N: best", "N=2", "by the rules of RMB", "prompt injection", "AUC, all prompts"):
         assert words in shown
-    summary = summarise(tmp_path / "out")
     assert {each.probe for each in summary.sensitivity} == {"upper case", "prompt injection"}
     assert summary.best_of_n[0].curves["model"][0].quality.count == 5  # of the items, not of perturbed ones
     assert summary.official[0].scores["chance"]["overall"] == 0
@@ -311,7 +313,7 @@ def test_several_references_are_scored_one_by_one_and_aggregated(checkpoint: Pat
         "  - {name: p, path: p.jsonl, task: preference accuracy, aggregate: mean, probes: [doubled]}\n"
         "  - {name: d, path: d.jsonl, task: policy discrimination}\n"
     )
-    evaluate_command(str(tmp_path / "suite.yaml"), model=str(checkpoint), output=str(tmp_path / "out"))
+    evaluate_suite(checkpoint, tmp_path / "suite.yaml", output=tmp_path / "out")
     records = list(read_records(tmp_path / "out", texts=True))
     assert [(each.task, len(each.by_reference["model"] if each.by_reference else ())) for each in records] == [
         ("preference accuracy", 2),
@@ -336,8 +338,8 @@ def test_several_references_are_scored_one_by_one_and_aggregated(checkpoint: Pat
 def test_a_model_that_was_trained_without_references_reads_none(
     checkpoint: Path, files: tuple[str, str], tmp_path: Path
 ) -> None:
-    blind = evaluate(tmp_path / "blind", files, model=str(checkpoint), reference_free=True)
-    seeing = evaluate(tmp_path / "seeing", files, model=str(checkpoint), without_reference=True)
+    blind = evaluate(tmp_path / "blind", files, model=checkpoint, reference_free=True)
+    seeing = evaluate(tmp_path / "seeing", files, model=checkpoint, without_reference=True)
     for one, other in zip(blind, seeing, strict=True):
         assert one.rewards["model"] == pytest.approx(other.rewards[WITHOUT_REFERENCE], abs=1e-5)
         assert one.rewards["unigram F1"] == other.rewards["unigram F1"]
@@ -349,25 +351,27 @@ def test_a_benchmark_without_references_is_scored_with_empty_ones(tmp_path: Path
     (tmp_path / "suite.yaml").write_text(
         f"datasets:\n  - {{name: p, path: {path}, task: preference accuracy, reference: {{absent: true}}}}\n"
     )
-    evaluate_command(str(tmp_path / "suite.yaml"), baselines_only=True, output=str(tmp_path / "out"))
+    evaluate_suite(None, tmp_path / "suite.yaml", output=tmp_path / "out")
     (record,) = read_records(tmp_path / "out", texts=True)
     assert (record.reference, record.reference_source) == ("", "none (an empty text)")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("words", "message"),
     [
-        ({}, "nothing to evaluate"),
-        ({"triples": ["t.jsonl"], "limit": 0}, "limit must be at least 1, found 0"),
-        ({"triples": ["t.jsonl"], "output": "result.json"}, "expected a directory"),
-        ({"suite": "s.yaml", "triples": ["t.jsonl"]}, "either a suite or"),
-        ({"preferences": ["p.jsonl"], "references": "r.jsonl", "chosen_as_reference": True}, "give one of"),
+        ([], "nothing to evaluate"),
+        (["--triples", "t.jsonl", "--limit", "0"], "limit must be at least 1, found 0"),
+        (["--triples", "t.jsonl", "--output", "result.json"], "expected a directory"),
+        (["s.yaml", "--triples", "t.jsonl"], "either a suite or"),
+        (["--preferences", "p.jsonl", "--references", "r.jsonl", "--chosen-as-reference"], "give one of"),
+        (["--triples", "t.jsonl", "--baselines-only", "--server-address", "127.0.0.1:1"], "a server has a model"),
     ],
 )
-def test_wrong_arguments_are_refused_before_the_work(arguments: dict[str, Any], words: str) -> None:
-    suite = arguments.pop("suite", None)
-    with pytest.raises(InputError, match=words):
-        evaluate_command(suite, **arguments)
+def test_wrong_arguments_are_refused_before_the_work(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", *words]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_files_of_the_same_name_keep_their_records_apart(tmp_path: Path) -> None:
@@ -375,7 +379,7 @@ def test_files_of_the_same_name_keep_their_records_apart(tmp_path: Path) -> None
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         paths.append(write_rows(tmp_path / name / "data set.jsonl", list(map(record_to_dict, triples()))))
-    evaluate_command(triples=paths, baselines_only=True, output=str(tmp_path / "out"))
+    evaluate_suite(None, Suite.of_files(triples=paths), output=tmp_path / "out")
     assert [each.name for each in read_manifest(tmp_path / "out").datasets] == ["data-set", "data-set_2"]
     results = summarise(tmp_path / "out").results
     assert [(each.dataset, each.items) for each in results] == [(None, 48), ("data-set", 24), ("data-set_2", 24)]

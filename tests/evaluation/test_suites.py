@@ -4,8 +4,8 @@ import pytest
 
 from polar import InputError
 from polar.core.records import Group
-from polar.evaluation.items import Item
 from polar.evaluation.perturbations import INJECTION, PERTURBATIONS, REWORDINGS, TRANSFORMATIONS, perturbed
+from polar.evaluation.records import Item
 from polar.evaluation.suites import SUITES, ReferenceSource, read_suite
 from tests.evaluation.evaluating import write_rows
 

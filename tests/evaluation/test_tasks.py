@@ -9,7 +9,7 @@ from polar.core.records import text_of
 from polar.data.readers import ReadReport
 from polar.data.writers import record_to_dict
 from polar.evaluation.datasets import read_items
-from polar.evaluation.items import Item, sample, stretches
+from polar.evaluation.records import Item, sample, stretches
 from polar.evaluation.suites import Dataset, ReferenceSource
 from tests.evaluation.evaluating import triples, write_rows
 
@@ -223,8 +223,8 @@ def test_stretches_hold_all_items_in_order_and_are_bounded_by_their_characters(
 ) -> None:
     rows = [{"prompt": f"{n}", "chosen": "4" * n, "rejected": "5", **REFERENCE} for n in range(1, 60)]
     everything = items(tmp_path, rows)
-    monkeypatch.setattr("polar.evaluation.items.SHARD_ITEMS", 7)
-    monkeypatch.setattr("polar.evaluation.items.STRETCH_CHARACTERS", 200)
+    monkeypatch.setattr("polar.evaluation.records.SHARD_ITEMS", 7)
+    monkeypatch.setattr("polar.evaluation.records.SHARD_CHARACTERS", 200)
     cut = list(stretches(everything))
     assert [item for stretch in cut for item in stretch] == everything
     assert max(map(len, cut)) == 7

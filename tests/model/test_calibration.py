@@ -194,7 +194,7 @@ def test_score_answers_in_the_scale_that_is_asked_for(checkpoint: Path, tmp_path
     source = write(tmp_path / "in.jsonl", [{"prompt": "p", "reference": "r", "candidates": ["a", "b"]}])
     for scale in ("raw", "zscore", "probability"):
         target = tmp_path / f"{scale}.jsonl"
-        words = ["score", source, "--model", str(checkpoint), "--scale", scale, "--to", str(target), "--explain"]
+        words = ["score", source, "--model", str(checkpoint), "--scale", scale, "--output", str(target), "--explain"]
         assert main(words) == 0
         rows = [json.loads(line) for line in target.read_text().splitlines()]
         assert [row["reward"] for row in rows] == pytest.approx(model.score_groups([group], scale=scale)[0], abs=1e-5)  # type: ignore[arg-type]

@@ -91,10 +91,10 @@ def test_what_is_set_aside_is_counted_by_reason(rows: Path, tmp_path: Path, caps
     lines = capsys.readouterr().err.splitlines()
     no_answer = "a reference without an answer (empty, or nothing but thinking)"
     assert lines[-5:-1] == [
-        f"set aside 2: turns out of order; the first: {rows}:4: turns out of order",
-        f"set aside 1: {no_answer}; the first: {rows}:2: {no_answer}",
-        next(line for line in lines if line.startswith("set aside 1: no row of a known format")),
-        next(line for line in lines if line.startswith("set aside 1: unreadable; the first: ")),
+        f"skipped 2: turns out of order; the first: {rows}:4: turns out of order",
+        f"skipped 1: {no_answer}; the first: {rows}:2: {no_answer}",
+        next(line for line in lines if line.startswith("skipped 1: no row of a known format")),
+        next(line for line in lines if line.startswith("skipped 1: unreadable; the first: ")),
     ]
     assert f"{rows}:7" in lines[-3]
     assert lines[-1] == f"wrote 4 rows to {tmp_path}/train.parquet"
@@ -267,8 +267,8 @@ def test_a_model_gives_several_references_per_prompt(
         assert row["reward_model"]["ground_truth"] == row["extra_info"]["references"][0]
         assert all(one.startswith(("a ", "b ", "c ", "yes")) for one in row["extra_info"]["references"])
     error = capsys.readouterr().err
-    assert "set aside 2: no usable reference from the model; the first: prompt 2 (" in error
-    assert "set aside 1: a prompt that repeats an earlier one; the first: prompt 3 (" in error
+    assert "skipped 2: no usable reference from the model; the first: prompt 2 (" in error
+    assert "skipped 1: a prompt that repeats an earlier one; the first: prompt 3 (" in error
     everything = "".join(path.read_text("utf-8", "replace") for path in tmp_path.rglob("*") if path.is_file())
     assert "sk-secret" not in everything + error
 

@@ -15,8 +15,8 @@ from polar.model.reward_model import RewardModel
 def convert(source: str, target: str) -> None:
     """Convert an official POLAR checkpoint, or an adapter, to a plain Hugging Face checkpoint.
 
-    An official checkpoint becomes a `LlamaForSequenceClassification` with a fast tokenizer and the same rewards, which
-    needs no remote code. polar, transformers and serving engines load it natively. An InternLM2 base model converts
+    An official checkpoint is written as a `LlamaForSequenceClassification` with a fast tokenizer: the same rewards
+    without remote code. polar, transformers and serving engines load it natively. An InternLM2 base model converts
     too, with a score head of zeros to be trained.
 
     An adapter (`polar finetune --lora.rank 16`) is merged into its base model, in float32.
@@ -60,7 +60,7 @@ def export(
     Args:
         checkpoint: A directory, a Hugging Face hub name, or the name of a bundled model.
         output: The directory to write; it must be new or empty.
-        engine: Who is to load it, xtuner or lmdeploy.
+        engine: The engine that will load it, xtuner or lmdeploy.
     """
     from polar.model import export as exporting
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -12,18 +12,10 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.text import Text as Cell
 
-from polar.cli.progress import progress_bar
-from polar.client.engines import ServerType
+from polar.cli.common import Files, OnBadRow, ScoringFlags, progress_bar
 from polar.core.checkpoint import BUNDLED_NAME
 from polar.core.errors import InputError
 from polar.core.files import on_disk, write_text
-from polar.core.html import visible
-from polar.data.readers import OnBadRow
-from polar.evaluation import run as evaluation
-from polar.evaluation.report import build_report
-from polar.evaluation.suites import ReferenceSource, Suite
-
-Files = Annotated[Sequence[str], Parameter(negative="")]
 
 
 def evaluate(
@@ -47,12 +39,7 @@ def evaluate(
     reference_free: bool = False,
     embedding: str | None = None,
     on_bad_row: OnBadRow = "error",
-    server_address: str | None = None,
-    engine: ServerType = "auto",
-    device: str | None = None,
-    dtype: str | None = None,
-    max_length: int | None = None,
-    max_response_length: int | None = None,
+    flags: ScoringFlags = ScoringFlags(),  # noqa: B008 (frozen)
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Measure a reward model beside baselines on the same items, and keep a record of every item.
@@ -92,15 +79,12 @@ def evaluate(
         reference_free: The model was trained without references, so it reads empty ones; the baselines read the true.
         embedding: A sentence-transformers model for one more baseline.
         on_bad_row: "skip" leaves unreadable rows out and says how many.
-        server_address: host:port or URL of a server that gives the rewards, several separated by commas; the model is
-            then the directory of the checkpoint that it serves. A key is taken from POLAR_API_KEY.
-        engine: What serves there; auto finds out.
-        device: Torch device (default: a GPU if there is one).
-        dtype: float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on a CPU).
-        max_length: Longest input in tokens (default: the checkpoint's).
-        max_response_length: Longest reference and answer in tokens (default: the checkpoint's).
+        flags: Where and how rewards are computed.
         as_json: Print the summary as JSON in place of tables.
     """
+    from polar.evaluation import run
+    from polar.evaluation.suites import ReferenceSource, Suite
+
     if sum((reference_column is not None, references is not None, chosen_as_reference)) > 1:
         raise InputError("give one of --reference-column, --references and --chosen-as-reference")
     source = ReferenceSource(
@@ -116,7 +100,7 @@ def evaluate(
         chosen = suite
     with progress_bar() as progress:
         task = progress.add_task("items", total=None)
-        summary = evaluation.evaluate(
+        summary = run.evaluate(
             None if baselines_only else model,
             chosen,
             output=output,
@@ -127,12 +111,7 @@ def evaluate(
             reference_free=reference_free,
             embedding=embedding,
             on_bad_row=on_bad_row,
-            server_address=server_address,
-            engine=engine,
-            device=device,
-            dtype=dtype,
-            max_length=max_length,
-            max_response_length=max_response_length,
+            **asdict(flags),
             progress=lambda items: progress.advance(task, items),
         )
     if as_json:
@@ -141,14 +120,12 @@ def evaluate(
         sys.stdout.write(summary.table(Console().width) if sys.stdout.isatty() else summary.table())
 
 
-def report(
-    runs: Annotated[Sequence[str], Parameter(negative="")], /, *, output: str, without_texts: bool = False
-) -> None:
+def report(runs: Files, /, *, output: str, without_texts: bool = False) -> None:
     """Compare evaluations, from the records that `polar eval --output` wrote; no model is loaded.
 
-    Every model stands beside the baselines and beside the first model, with a paired bootstrap over prompts that says
-    better, worse or cannot tell, for every data set, domain and slice. The page needs no network: its tables sort and
-    can be searched, and it shows the worst mistakes to read. Beside it stand the same numbers as JSON, and a section
+    Every model is compared with the baselines and with the first model for every data set, domain and slice, by a
+    paired bootstrap over prompts: better, worse or cannot tell. The page needs no network: its tables sort and
+    can be searched, and it shows the worst mistakes to read. The same numbers are written as JSON, and as a section
     for the model card in Markdown.
 
     Examples:
@@ -160,7 +137,9 @@ def report(
         output: File for the page (.html); a .json and a .md of the same name are written beside it.
         without_texts: Leave the worst mistakes out, for a report on data whose texts may not be passed on.
     """
-    from polar.evaluation.page import model_card, page  # needs matplotlib, which --help does not
+    from polar.core.html import visible
+    from polar.evaluation.page import model_card, page
+    from polar.evaluation.report import build_report
 
     target = Path(output)
     if target.suffix != ".html":

@@ -41,24 +41,25 @@ app.command("polar.cli.score:score", group=rewards, help="Score candidates again
 app.command("polar.cli.rank:rank", group=rewards, help="Order candidates by reward: best-of-N, rejection sampling.")
 app.command("polar.cli.calibrate:calibrate", group=rewards, help="Measure the range of a checkpoint's rewards.")
 app.command("polar.cli.serve:serve", group=rewards, help="Serve rewards over HTTP.")
-app.command("polar.cli.parity:parity", group=rewards, help="Compare a server with the model in this process.")
+app.command("polar.cli.serve:parity", group=rewards, help="Compare a server with the model in this process.")
 app.command("polar.cli.evaluate:app", name="eval", group=rewards, help="Measure a model beside simple baselines.")
 app.command("polar.cli.sample:sample", group=corpus, help="Prompts and a pool of policies -> trajectories.")
 app.command("polar.cli.pair:pair", group=corpus, help="Trajectories of many policies -> triples.")
 app.command(App(name="corpus", group=corpus, help="Prefixes, cleaning and an HTML page of trajectories."))
 app["corpus"].command("polar.cli.corpus:prompts", help="Texts -> prefixes that base policies continue.")
-app["corpus"].command("polar.cli.clean:clean", help="Take out loops, duplicates and evaluation data.")
+app["corpus"].command("polar.cli.corpus:clean", help="Take out loops, duplicates and evaluation data.")
 app["corpus"].command("polar.cli.corpus:report", help="Write an HTML page about trajectories.")
 app.command("polar.cli.rft_data:rft_data", group=corpus, help="Data sets -> prompts and references for RL.")
 app.command("polar.cli.train:pretrain", group=training, help="Train a policy discriminator on triples.")
 app.command("polar.cli.train:finetune", group=training, help="Fine-tune a reward model on preferences.")
-app.command("polar.cli.plan:plan", group=training, help="Learning rate, batch, memory and time of a pre-training.")
+app.command("polar.cli.train:plan", group=training, help="Learning rate, batch, memory and time of a pre-training.")
 app.command("polar.cli.convert:convert", group=training, help="Official POLAR checkpoint -> Hugging Face checkpoint.")
 app.command("polar.cli.convert:export", group=training, help="Checkpoint -> the layout of XTuner or LMDeploy.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line and return the exit code."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars for a few files are noise here
     words = list(sys.argv[1:] if arguments is None else arguments)
     names = tuple(itertools.takewhile(lambda word: not word.startswith("-"), words))
     try:
@@ -90,8 +91,6 @@ def script() -> None:
 
 def _prepare(command: App, names: tuple[str, ...], config: Path | None) -> None:
     """Give a command its help, its variables of the environment and its `--config` file."""
-    if transformers := sys.modules.get("transformers"):  # its bars for loading a few files are noise here
-        transformers.utils.logging.disable_progress_bar()
     command.help, command.help_epilogue = _documentation(command.default_command)
     variables = Env(f"POLAR_{'_'.join(names).replace('-', '_').upper()}_", command=False)
     files = [] if config is None else [Yaml(config, must_exist=True, use_commands_as_keys=False)]

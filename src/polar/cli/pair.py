@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
-from polar.cli.progress import progress_bar
+from polar.cli.common import Inputs, OnBadRow, progress_bar
 from polar.core.errors import InputError
-from polar.core.records import Trajectory, Wrapper
-from polar.corpus import pair as pairing
-from polar.corpus.pair import PairReport
-from polar.corpus.strategies import Strategy, read_lineages
-from polar.data.readers import ReadReport, read_trajectories
-from polar.data.writers import open_writer, record_to_dict
+from polar.core.records import Wrapper
+from polar.corpus.strategies import Strategy
 
-SHOWN = 5
+if TYPE_CHECKING:
+    from polar.corpus.pair import PairReport
+    from polar.data.readers import ReadReport
+
+MAX_POLICIES_SHOWN = 5
 """How many of the most lopsided policies the report names."""
 
 
 def pair(
-    inputs: Annotated[Sequence[str], Parameter(negative="", allow_leading_hyphen=True)],
+    inputs: Inputs,
     /,
     *,
     output: str,
@@ -40,7 +39,7 @@ def pair(
     policies: str | None = None,
     prompt_ids: str | None = None,
     wrapper: Wrapper | None = None,
-    on_bad_row: Literal["error", "skip"] = "error",
+    on_bad_row: OnBadRow = "error",
     temp: Path | None = None,
     policy_counts: str | None = None,
 ) -> None:
@@ -48,7 +47,7 @@ def pair(
 
     Rows are {"prompt", "policy", "output"}, with "family", "step" and "wrapper" if known; texts are strings or lists of
     chat messages. The same rows and the same seed give the same triples, in whatever order the rows come. The rows may
-    be far more than memory holds. What was drawn, and why prompts gave none, goes to stderr.
+    be far more than memory holds. Counts of what was drawn, and why prompts gave none, go to stderr.
 
     Examples:
       polar pair samples.parquet --output triples.jsonl
@@ -68,7 +67,7 @@ def pair(
         policies_table: File with rows {"policy", "family", "step"}, which overrides what the trajectories say.
         balance: Make every policy positive as often as negative, as far as possible, so that none is recognised by its
             frequency.
-        match_length: Choose negatives so that closeness in length to the reference does not tell the positive.
+        match_length: Choose negatives so that closeness in length to the reference does not reveal the positive.
         seed: Another seed is another draw.
         exclude_policies: Leave out policies in whose name this regular expression is found.
         policies: File with one policy a line: only these.
@@ -79,11 +78,17 @@ def pair(
         temp: Directory for temporary files, about as large as the texts (default: where the output is).
         policy_counts: File (.jsonl or .parquet) for how often every policy is positive and negative.
     """
-    read, report = ReadReport(), PairReport()
+    from polar.corpus import pair as pairing
+    from polar.corpus.strategies import read_lineages
+    from polar.data.readers import ReadReport, read_trajectories
+    from polar.data.writers import open_writer, record_to_dict
+
+    read, report = ReadReport(), pairing.PairReport()
     console = Console(stderr=True)
+    rows = (row for path in inputs for row in read_trajectories(path, on_bad_row=on_bad_row, report=read))
     with open_writer(output) as writer, progress_bar(console) as progress:
         triples = pairing.pair(
-            progress.track(_trajectories(inputs, on_bad_row, read), description="reading"),
+            progress.track(rows, description="reading"),
             per_prompt=per_prompt,
             negatives=negatives,
             strategy=strategy,
@@ -111,15 +116,8 @@ def pair(
     sys.stderr.write(f"wrote {report.triples} triples to {output}\n")
 
 
-def _trajectories(
-    inputs: Sequence[str], on_bad_row: Literal["error", "skip"], report: ReadReport
-) -> Iterator[Trajectory]:
-    for path in inputs:
-        yield from read_trajectories(path, on_bad_row=on_bad_row, report=report)
-
-
 def _lines(path: str) -> set[str]:
-    """The lines of a file that are not blank."""
+    """Return the lines of a file that are not blank."""
     try:
         lines = {line.strip() for line in Path(path).read_text("utf-8").splitlines()} - {""}
     except (OSError, UnicodeDecodeError) as error:
@@ -130,7 +128,7 @@ def _lines(path: str) -> set[str]:
 
 
 def _lack(report: PairReport) -> str:
-    """What the input would have needed."""
+    """Say what the input lacks."""
     if report.policies and not report.policies_with_two_outputs:
         return (
             f"none of the {report.policies} policies has two different outputs for any prompt, so they can give "
@@ -143,14 +141,14 @@ def _lack(report: PairReport) -> str:
 
 
 def _counts(report: PairReport) -> list[dict[str, str | int]]:
-    """Every policy that was drawn, the most lopsided first."""
+    """Return how often every policy was drawn on either side, the most lopsided first."""
     positives, negatives = report.positives(), report.negatives()
     lopsided = sorted(positives | negatives, key=lambda policy: (-abs(positives[policy] - negatives[policy]), policy))
     return [{"policy": name, "positive": positives[name], "negative": negatives[name]} for name in lopsided]
 
 
 def _table(report: PairReport, read: ReadReport) -> Table:
-    """What was counted; details (indented) only where there are some."""
+    """Counts; details (indented) only where there are some."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(justify="right")
     for number, what in (
@@ -182,7 +180,7 @@ def _table(report: PairReport, read: ReadReport) -> Table:
     frequency, length = report.frequency_accuracy(), report.length_accuracy()
     if frequency is not None and length is not None:
         table.add_row(f"{frequency:.1%}", "are solved by knowing how often each policy is positive (50% is best)")
-        for row in _counts(report)[:SHOWN]:
+        for row in _counts(report)[:MAX_POLICIES_SHOWN]:
             table.add_row("", f"  {row['policy']}: {row['positive']} times positive, {row['negative']} times negative")
         table.add_row(f"{length:.1%}", "are solved by closeness in length to the reference (50% is best)")
     return table

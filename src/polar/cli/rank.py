@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from itertools import chain, groupby, islice
-from typing import Annotated, Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Any
 
+from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text as Cell
 
-from polar.cli.progress import progress_bar
-from polar.cli.score import WINDOW, Verbatim
-from polar.client.engines import ServerType
+from polar.cli.common import (
+    Inputs,
+    OnBadRow,
+    ScoringFlags,
+    Verbatim,
+    checked,
+    progress_bar,
+    refuse_unknown_flags,
+    renamed_flag,
+    require_flags,
+    scored,
+    tell_skipped,
+)
 from polar.core.checkpoint import BUNDLED_NAME, scaling
 from polar.core.errors import InputError
 from polar.core.records import Group, text_of
-from polar.data import formats
 from polar.data.fields import Row, as_text
-from polar.data.readers import OnBadRow, ReadReport, convert_rows
-from polar.data.writers import open_writer
-from polar.evaluation.scorers import Model, open_model
+
+if TYPE_CHECKING:
+    from polar.data.readers import ReadReport
+    from polar.evaluation.scorers import Model
 
 ADDED = ("rank", "reward", "zscore", "candidate")
 """The fields that a result has beside those of its row."""
@@ -32,7 +43,7 @@ ADDED = ("rank", "reward", "zscore", "candidate")
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The candidates of one prompt, and the row that each of them becomes."""
+    """The candidates of one prompt, each with the row of its result."""
 
     group: Group
     rows: tuple[dict[str, Any], ...]
@@ -40,7 +51,7 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What is kept of the candidates of a prompt."""
+    """Which candidates of a prompt are kept."""
 
     top_k: int | None = None
     min_reward: float | None = None
@@ -49,7 +60,7 @@ class Limits:
 
 @dataclass(slots=True)
 class Counts:
-    """What became of the candidates."""
+    """How many candidates were read, kept and dropped."""
 
     prompts: int = 0
     candidates: int = 0
@@ -63,111 +74,91 @@ class Counts:
 
 
 def rank(
-    inputs: Annotated[Sequence[str], Verbatim] = (),
+    inputs: Inputs = (),
     /,
     *,
     prompt: Annotated[str | None, Verbatim] = None,
     reference: Annotated[str | None, Verbatim] = None,
     candidate: Annotated[Sequence[str], Verbatim] = (),
-    to: Annotated[str | None, Verbatim] = None,
+    output: Annotated[str | None, Verbatim] = None,
     top_k: int | None = None,
     min_reward: float | None = None,
     min_zscore: float | None = None,
     model: str = BUNDLED_NAME,
     reference_column: str | None = None,
     on_bad_row: OnBadRow = "error",
-    server_address: str | None = None,
-    engine: ServerType = "auto",
-    device: str | None = None,
-    dtype: str | None = None,
-    max_length: int | None = None,
-    max_response_length: int | None = None,
-    batch_tokens: int | None = None,
+    flags: ScoringFlags = ScoringFlags(),  # noqa: B008 (frozen)
+    to: Annotated[str | None, Parameter(allow_leading_hyphen=True, show=False)] = None,
 ) -> None:
     """Rank the candidates of every prompt, best first; keep the best, or those above a limit.
 
     Rows are {"prompt", "reference", "candidates": [...]}, or {"prompt", "reference", "output"} where the rows of one
-    prompt stand together. A result is one row per kept candidate, with all other columns of its row, its output, its
+    prompt are adjacent. A result is one row per kept candidate, with all other columns of its row, its output, its
     rank (1 is the best; equal rewards keep their order) and its reward. Limits are applied to each candidate, then the
-    best k of a prompt are taken. What is dropped is counted on stderr. Without --to a terminal gets a table, a pipe
-    gets JSONL.
+    best k of a prompt are taken. Dropped candidates are counted on stderr. Without --output a terminal gets a table, a
+    pipe gets JSONL.
 
     Examples:
       polar rank --prompt "Capital of China?" --reference Beijing. --candidate "It is Beijing." --candidate Shanghai.
-      polar rank samples.jsonl --top-k 1 --to best.jsonl
-      polar rank samples.parquet --model runs/rm --min-zscore 1 --top-k 4 --to kept.parquet
-      polar rank samples.parquet --model ./rm --server-address gpu1:8000,gpu2:8000 --top-k 1 --to best.parquet
+      polar rank samples.jsonl --top-k 1 --output best.jsonl
+      polar rank samples.parquet --model runs/rm --min-zscore 1 --top-k 4 --output kept.parquet
+      polar rank samples.parquet --model ./rm --server-address gpu1:8000,gpu2:8000 --top-k 1 --output best.parquet
 
     Args:
         inputs: Files (JSONL, also .gz and .zst, or Parquet), directories, or - for stdin.
         prompt: Prompt of a single group given by flags.
         reference: Reference of that group.
         candidate: A candidate of that group; repeat the flag for more.
-        to: File for the results (.jsonl, .jsonl.gz, .jsonl.zst or .parquet; - for JSONL on stdout).
+        output: File for the results (.jsonl, .jsonl.gz, .jsonl.zst or .parquet; - for JSONL on stdout).
         top_k: Keep this many candidates of each prompt (1 is best-of-N).
         min_reward: Keep candidates whose reward is at least this (rejection sampling).
         min_zscore: Keep candidates whose z-score is at least this; the checkpoint must be calibrated (polar calibrate).
         model: Checkpoint directory, hub name, or polar-mini or polar-nano, which are bundled.
         reference_column: Column of the reference (default: reference).
         on_bad_row: "skip" leaves unreadable rows out and says how many.
-        server_address: host:port or URL of a server that gives the rewards, several separated by commas; the model is
-            then the directory of the checkpoint that it serves. A key is taken from POLAR_API_KEY.
-        engine: What serves there; auto finds out.
-        device: Torch device (default: a GPU if there is one).
-        dtype: float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on a CPU).
-        max_length: Longest input in tokens (default: the checkpoint's).
-        max_response_length: Longest reference and candidate in tokens (default: the checkpoint's).
-        batch_tokens: Tokens of one forward pass (default: 4096 on a CPU, 16384 elsewhere).
+        flags: Where and how rewards are computed.
+        to: Old name of output.
     """
+    from polar.data.readers import ReadReport
+    from polar.data.writers import open_writer
+    from polar.evaluation.scorers import open_model
+
     if top_k is not None and top_k < 1:
         raise InputError(f"top_k must be at least 1, found {top_k}")
+    refuse_unknown_flags(inputs, "rank")
+    if to is not None:
+        renamed_flag("--to", "--output")
+        if output is not None:
+            raise InputError("--output and --to are the same: give --output alone")
+        output = to
     reports, counts = [ReadReport() for _ in inputs], Counts()
     if inputs:
-        _require_flags(inputs, prompt, reference, candidate)
+        if prompt is not None or reference is not None or candidate:
+            raise InputError("give either input files or --prompt, --reference and --candidate, not both")
         waiting = _from_files(inputs, reference_column, on_bad_row, reports)
     else:
         waiting = iter([_from_flags(prompt, reference, candidate)])
-    first = list(islice(waiting, 1))  # a mistake in the input shows before a large model is loaded
-    opened = open_model(
-        model,
-        server_address=server_address,
-        engine=engine,
-        device=device,
-        dtype=dtype,
-        max_length=max_length,
-        max_response_length=max_response_length,
-        batch_tokens=batch_tokens,
-    )
+    waiting = checked(waiting)
     limits = Limits(top_k, min_reward, min_zscore)
-    with opened as reward_model, progress_bar() as progress:
-        ranked = _rank(reward_model, chain(first, waiting), limits, counts, progress)
-        if to is None and sys.stdout.isatty():
+    with open_model(model, **asdict(flags)) as reward_model, progress_bar() as progress:
+        ranked = _rank(reward_model, waiting, limits, counts, progress)
+        if output is None and sys.stdout.isatty():
             table = _table(ranked)
         else:
             table = None
-            with open_writer(to or "-") as writer:
+            with open_writer(output or "-") as writer:
                 for kept in ranked:
                     for row in kept:
                         writer.write(row)
     if table is not None:
         Console().print(table)
     sys.stderr.write(_summary(counts, limits))
-    for path, report in zip(inputs, reports, strict=True):
-        if report.skipped:
-            sys.stderr.write(f"{path}: skipped {report.skipped} unreadable rows, used {report.read}\n")
-
-
-def _require_flags(inputs: Sequence[str], prompt: str | None, reference: str | None, candidates: Sequence[str]) -> None:
-    if unknown := [word for word in inputs if word.startswith("-") and word != "-"]:
-        raise InputError(f"unknown flag {unknown[0]} (see polar rank --help)")
-    if prompt is not None or reference is not None or candidates:
-        raise InputError("give either input files or --prompt, --reference and --candidate, not both")
+    tell_skipped(inputs, reports)
 
 
 def _from_flags(prompt: str | None, reference: str | None, candidates: Sequence[str]) -> Candidates:
     given = {"--prompt": prompt is not None, "--reference": reference is not None, "--candidate": bool(candidates)}
-    if missing := [flag for flag, there in given.items() if not there]:
-        raise InputError(f"nothing to rank: {', '.join(missing)} missing (or name an input file, or - for stdin)")
+    require_flags(given, "rank")
     assert prompt is not None
     assert reference is not None
     row = Row("flags", 1, {"prompt": prompt, "reference": reference, "candidates": list(candidates)})
@@ -181,6 +172,8 @@ def _from_files(
 
     To find a prompt that comes back later, 16 bytes are kept of every one (about 100 in memory).
     """
+    from polar.data.readers import convert_rows
+
     read = (
         item
         for path, report in zip(inputs, reports, strict=True)
@@ -198,7 +191,7 @@ def _from_files(
         key = blake2b(repr((group.prompt, group.reference, group.wrapper)).encode(), digest_size=16).digest()
         if key in seen:
             raise InputError(
-                f"{places[0]}: this prompt with this reference stood in earlier rows already; expected the rows of one "
+                f"{places[0]}: this prompt with this reference is in earlier rows already; expected the rows of one "
                 "prompt one after the other, so sort the file by prompt"
             )
         seen.add(key)
@@ -210,7 +203,7 @@ def _from_files(
 
 
 def _shared(item: tuple[str, Candidates]) -> tuple[object, ...]:
-    """What rows of single outputs must have in common to be one group."""
+    """Key of rows with single outputs: neighbours with equal keys are one group."""
     group = item[1].group
     if "candidate" in item[1].rows[0]:
         return (False,)
@@ -219,6 +212,8 @@ def _shared(item: tuple[str, Candidates]) -> tuple[object, ...]:
 
 def _candidates(row: Row, reference_column: str | None) -> tuple[str, Candidates]:
     """The place of a row, its group, and one row for each of its candidates."""
+    from polar.data import formats
+
     if taken := [name for name in ADDED if name in row.fields]:
         raise row.error(taken[0], "no field of this name, because results have one", "one; rename it")
     if row.has("candidates") and row.has("output"):
@@ -243,21 +238,15 @@ def _rank(
     counts: Counts,
     progress: Progress,
 ) -> Iterator[list[dict[str, Any]]]:
-    """For every prompt the rows that are kept, best first; only one window of prompts is in memory."""
+    """For every prompt the rows that are kept, best first."""
     zscore = None if limits.min_zscore is None else scaling("zscore", model.calibration)
-    task = progress.add_task("ranking", total=None)
-    while window := list(islice(waiting, WINDOW)):
-        encoded = [model.template.encode_group(candidates.group) for candidates in window]
-        scored = model.score_encoded(encoded, progress=lambda count: progress.advance(task, count))
-        for candidates, rewards in zip(window, scored, strict=True):
-            values = [{"reward": reward} for reward in rewards]
-            if zscore is not None:
-                values = [{**value, "zscore": z} for value, z in zip(values, zscore(rewards), strict=True)]
-            order = sorted(range(len(rewards)), key=lambda number: -rewards[number])
-            rows = [
-                {**candidates.rows[number], "rank": place, **values[number]} for place, number in enumerate(order, 1)
-            ]
-            yield _kept(rows, limits, counts)
+    for candidates, _, (rewards,) in scored(model, waiting, lambda one: (one.group,), progress):
+        values = [{"reward": reward} for reward in rewards]
+        if zscore is not None:
+            values = [{**value, "zscore": z} for value, z in zip(values, zscore(rewards), strict=True)]
+        order = sorted(range(len(rewards)), key=lambda number: -rewards[number])
+        rows = [{**candidates.rows[number], "rank": place, **values[number]} for place, number in enumerate(order, 1)]
+        yield _kept(rows, limits, counts)
 
 
 def _kept(rows: Sequence[dict[str, Any]], limits: Limits, counts: Counts) -> list[dict[str, Any]]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 from cyclopts import Parameter
 from rich.console import Console
 
-from polar.cli.progress import progress_bar
+from polar.cli.common import Inputs, OnBadRow, progress_bar
 from polar.core.errors import InputError
 from polar.core.files import on_disk
 from polar.corpus.sample import SampleReport
@@ -19,7 +18,7 @@ from polar.rft.references import Asking, ask_for_references, with_references
 
 
 def rft_data(
-    inputs: Annotated[Sequence[str], Parameter(negative="", allow_leading_hyphen=True)],
+    inputs: Inputs,
     /,
     *,
     output: str,
@@ -38,13 +37,13 @@ def rft_data(
     concurrency: int = 64,
     deadline: float = 600,
     seed: int = 0,
-    on_bad_row: Literal["error", "skip"] = "skip",
+    on_bad_row: OnBadRow = "skip",
 ) -> None:
     """Make the prompts and references of reinforcement fine-tuning from a data set.
 
     Rows may be transcripts of HH-RLHF, conversations (AM-DeepSeek-R1-Distilled, ShareGPT), chat messages, problems of
     MATH, questions of GSM8K, or our own: {"prompt", "reference"} or {"prompt", "references": [...]}. Thinking is taken
-    out of references. Rows that are no tasks (turns out of order, empty questions or answers) are set aside, counted
+    out of references. Rows that are no tasks (turns out of order, empty questions or answers) are skipped, counted
     and shown.
 
     The file has the columns of the framework that --for names. For verl: data_source, prompt, ability, reward_model and
@@ -79,7 +78,7 @@ def rft_data(
         concurrency: Requests in flight.
         deadline: Seconds of trying again before a reference, or a server that never answers, is given up.
         seed: Another seed gives other references.
-        on_bad_row: "error" stops at the first row that would be set aside.
+        on_bad_row: "error" stops at the first row that would be skipped.
     """
     if references_per_prompt < 1:
         raise InputError(f"references_per_prompt must be at least 1, found {references_per_prompt}")
@@ -125,7 +124,7 @@ def rft_data(
             progress=lambda count: progress.advance(bar, count),
         )
     for reason, count, example in first_examples(report):
-        sys.stderr.write(f"set aside {count:,}: {reason}; the first: {example}\n")
+        sys.stderr.write(f"skipped {count:,}: {reason}; the first: {example}\n")
     sys.stderr.write(f"wrote {report.written:,} rows to {target}\n")
     if shortfall:
         raise InputError(shortfall)

@@ -3,42 +3,35 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from polar.cli.progress import progress_bar
+from polar.cli.common import Inputs, OnBadRow, progress_bar
 from polar.core.errors import InputError
-from polar.corpus import engines
-from polar.corpus import sample as sampling
-from polar.corpus.engines import cluster
-from polar.corpus.engines.local import check
-from polar.corpus.journal import Totals
-from polar.corpus.plan import Design, Plan, read_prompts
-from polar.corpus.pool import read_pool
-from polar.corpus.sample import SampleReport
-from polar.data.readers import ReadReport
 
-REASONS = 3
-"""Most reasons that the table shows of a policy."""
+if TYPE_CHECKING:
+    from polar.corpus.journal import Totals
+    from polar.corpus.sample import SampleReport
+
+MAX_REASONS_SHOWN = 3
+"""Of a policy, in the table."""
 
 
 def sample(
-    inputs: Annotated[Sequence[str], Parameter(negative="", allow_leading_hyphen=True)],
+    inputs: Inputs,
     /,
     *,
     pool: str,
     output: str,
-    design: Design = "paper",
+    design: Literal["paper", "grid"] = "paper",
     samples: int = 2,
     seed: int = 0,
     shard_prompts: int = 1000,
     ray: str | None = None,
-    on_bad_row: Literal["error", "skip"] = "error",
+    on_bad_row: OnBadRow = "error",
 ) -> None:
     """Sample a pool of policies: for every prompt some policies are drawn, and trajectories sampled from them.
 
@@ -83,6 +76,15 @@ def sample(
         ray: Sample on a Ray cluster: its address, "auto", or "local" for a new one on this machine.
         on_bad_row: "skip" leaves unreadable rows out and says how many.
     """
+    from polar.corpus import engines
+    from polar.corpus import sample as sampling
+    from polar.corpus.engines import cluster
+    from polar.corpus.engines.local import check
+    from polar.corpus.journal import Totals
+    from polar.corpus.plan import Plan, read_prompts
+    from polar.corpus.pool import read_pool
+    from polar.data.readers import ReadReport
+
     for flag, number in (("samples", samples), ("shard_prompts", shard_prompts)):
         if number < 1:
             raise InputError(f"{flag} must be at least 1, found {number}")
@@ -92,8 +94,6 @@ def sample(
         open_engine = engines.open_engine
         for policy in plan.pool.policies:
             check(policy)
-        if transformers := sys.modules.get("transformers"):  # imported by now where a policy needs it
-            transformers.utils.logging.disable_progress_bar()
     else:
         open_engine = cluster.open_on_cluster
         cluster.connect(ray)
@@ -133,11 +133,13 @@ def _tokens(totals: Totals) -> str:
 
 
 def _table(report: SampleReport) -> Table:
-    """Samples and tokens per policy, and what was set aside."""
+    """Samples and tokens per policy, and how many samples failed for which reason."""
+    from polar.corpus.journal import Totals
+
     table = Table("policy", box=None, pad_edge=False)
     for heading in ("samples", "tokens in", "tokens out"):
         table.add_column(heading, justify="right")
-    table.add_column("set aside")
+    table.add_column("failed")
     aside: dict[str, list[str]] = {}
     for (policy, reason), count in report.set_aside.most_common():
         aside.setdefault(policy, []).append(f"{count:,}: {reason}")
@@ -146,6 +148,8 @@ def _table(report: SampleReport) -> Table:
         totals = Totals(**per_policy.get(name, {}))
         numbers = (totals.samples, totals.prompt_tokens, totals.output_tokens)
         reasons = aside.get(name, [])
-        shown = reasons[:REASONS] + [f"and {len(reasons) - REASONS} more reasons"] * (len(reasons) > REASONS)
+        shown = reasons[:MAX_REASONS_SHOWN] + [f"and {len(reasons) - MAX_REASONS_SHOWN} more reasons"] * (
+            len(reasons) > MAX_REASONS_SHOWN
+        )
         table.add_row(Text(name), *(f"{number:,}" for number in numbers), Text("\n".join(shown)))
     return table

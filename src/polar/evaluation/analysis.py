@@ -1,4 +1,4 @@
-"""What one can ask of the records beyond accuracies: which scorer is better, best of N, and what mistakes depend on.
+"""Analyses beyond accuracies: comparisons of scorers, best of N, diagnoses, and the worst mistakes.
 
 Everything is computed from columns of numbers (`polar.evaluation.columns`); only the texts of the few worst mistakes
 are looked up in the records.
@@ -40,7 +40,7 @@ class Run:
     manifest: Manifest
 
     def name_of(self, scorer: str) -> str:
-        """What a scorer of its records is called in the report: baselines are the same in all runs."""
+        """Return the name of a scorer in the report; baselines have the same in all runs."""
         if scorer == WITHOUT_REFERENCE:
             return f"{self.label}, {scorer}"
         return self.label if scorer == MODEL else scorer
@@ -71,7 +71,7 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """What the interval says about the first one; "cannot tell" also with fewer than `FEW_CLUSTERS` prompts."""
+        """Verdict on the first scorer by the interval; "cannot tell" also with fewer than `FEW_CLUSTERS` prompts."""
         if self.difference.clusters < FEW_CLUSTERS or self.low <= 0 <= self.high:
             return "cannot tell"
         return "better" if self.low > 0 else "worse"
@@ -101,7 +101,7 @@ def compare(parts: Iterable[Part], first: Side, second: Side) -> Iterator[Compar
 
 
 def _places(wanted: Names, there: Names) -> npt.NDArray[np.int64]:
-    """Where each of some different keys stands among others; -1 for those that are not there."""
+    """Return the place of every wanted key among others, -1 for missing ones; keys are unique."""
     order = np.argsort(there)
     found = np.clip(np.searchsorted(there, wanted, sorter=order), 0, len(there) - 1)
     places: npt.NDArray[np.int64] = np.where(there[order[found]] == wanted, order[found], -1)
@@ -109,7 +109,7 @@ def _places(wanted: Names, there: Names) -> npt.NDArray[np.int64]:
 
 
 def bootstrap(values: Values, clusters: Sequence[str] | Names, seed: int = 0) -> tuple[float, float]:
-    """The percentile interval of the mean when whole clusters are drawn with replacement (Efron and Tibshirani 1993).
+    """Return the percentile interval of the mean of resampled whole clusters (Efron and Tibshirani 1993).
 
     Clusters with the same sum and size are exchangeable, so how often each kind is drawn is one multinomial number:
     this is exact, and fast for accuracies, which have few kinds.
@@ -128,7 +128,7 @@ def bootstrap(values: Values, clusters: Sequence[str] | Names, seed: int = 0) ->
     return float(low), float(high)
 
 
-# Best of N: what the true quality does while N, and so the reward, rises.
+# Best of N: true quality by N, while the reward rises.
 
 DRAWS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -179,7 +179,7 @@ class Draws:
 
 
 def curve(items: Draws, scorer: str) -> list[Point]:
-    """The curve of a scorer over N = 1, 2, 4 ... 64, as far as items have as many candidates.
+    """Return the curve of a scorer over N = 1, 2, 4 ... 64, as far as items have as many candidates.
 
     Items with fewer than N candidates are left out of that point, so points differ in their items where `quality.count`
     does; `gain` and `change` compare on the same items.
@@ -207,7 +207,7 @@ def curve(items: Draws, scorer: str) -> list[Point]:
 
 
 def best_of(quality: Sequence[float], rewards: Sequence[float], draws: int) -> tuple[float, float]:
-    """What choosing by reward among some of the candidates gives on average.
+    """Return the expected quality and reward when the candidate with the highest reward of a random draw is chosen.
 
     Exact, without simulation: of all draws without replacement, the share in which the highest reward is at most r
     follows from counting. Equal rewards are chosen among at random.
@@ -217,8 +217,6 @@ def best_of(quality: Sequence[float], rewards: Sequence[float], draws: int) -> t
         rewards: Of the same candidates.
         draws: How many of them are drawn, 1 to all.
 
-    Returns:
-        Expected quality and expected reward of the chosen candidate.
     """
     values, counts = np.unique(np.asarray(rewards, np.float64), return_counts=True)
     if not 1 <= draws <= counts.sum():
@@ -232,7 +230,7 @@ def best_of(quality: Sequence[float], rewards: Sequence[float], draws: int) -> t
     return float(chances @ means), float(chances @ values)
 
 
-# Diagnoses: length, truncation, quality of the reference, and how sure the model is. One pair of each item counts: its
+# Diagnoses: length, truncation, quality of the reference, and confidence. One pair of each item counts: its
 # best candidate and its worst one.
 
 LENGTH_RATIOS = (0.5, 0.8, 1.25, 2.0)
@@ -255,7 +253,7 @@ class Bin:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """Accuracy of one scorer on one data set, by other things than the domain."""
+    """Accuracy of one scorer on one data set by length, reference quality, truncation and confidence."""
 
     dataset: str
     scorer: str
@@ -274,7 +272,7 @@ class Diagnosis:
 
 
 def diagnose(dataset: str, outcomes: Outcomes, scorer: str) -> Diagnosis:
-    """The diagnosis of the model on the items of a data set.
+    """Return the diagnosis of the model on the items of a data set.
 
     Args:
         dataset: Its name.
@@ -340,7 +338,7 @@ WrongPair = tuple[float, str, int, int, int, int]
 """How far the better candidate's reward is below the other one's; the item's data set and number, the two candidates,
 and the item's digest."""
 Key = tuple[int, int]
-"""What makes an item the same in two runs: its digest, and which one of equal items it is."""
+"""Identity of an item in two runs: its digest, and its number among equal items."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,7 +361,7 @@ class Mistake:
 
 
 def wrong_pairs(records: Sequence[Record]) -> Iterator[WrongPair]:
-    """The mistakes of the model of a run, one for each item at most."""
+    """Yield the mistakes of the model of a run, at most one for each item."""
     for record in records:
         if MODEL in record.rewards:
             gap, better, worse = _worst_pair(record.quality, record.rewards[MODEL])
@@ -372,7 +370,7 @@ def wrong_pairs(records: Sequence[Record]) -> Iterator[WrongPair]:
 
 
 def _worst_pair(quality: Sequence[float], rewards: Sequence[float]) -> tuple[float, int, int]:
-    """The pair of unequal quality that is most in the wrong order; minus infinity when all are equal."""
+    """Return the pair of unequal quality that is most in the wrong order; the gap is minus infinity without one."""
     known, values = np.asarray(quality), np.asarray(rewards)
     gaps = np.where(known[:, None] > known[None, :], values[None, :] - values[:, None], -np.inf)
     better, worse = np.unravel_index(int(gaps.argmax()), gaps.shape)

@@ -1,4 +1,4 @@
-"""The items of an evaluation as columns of numbers: what summaries, diagnoses and comparisons are computed from.
+"""The items of an evaluation as columns of numbers, the source of summaries, diagnoses and comparisons.
 
 Records come one by one and are forgotten; of each, a few numbers stay (about 130 bytes with seven scorers, where the
 record itself takes two kilobytes), so that memory hardly grows with the data.
@@ -22,7 +22,7 @@ from polar.evaluation.records import MODEL, SHARD_ITEMS, Record
 
 Numbers = npt.NDArray[np.int64]
 Names = npt.NDArray[np.uint64]
-"""Hashes that stand for names."""
+"""Hashes of names."""
 STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -54,8 +54,8 @@ class Outcomes:
     label: Numbers
     """Which of the labels."""
     keys: Names
-    """What makes an item the same in two runs: a hash of its labels and lengths, and which one of equal items it is.
-    References may differ, because they may be what is compared."""
+    """Identity of an item in two runs: a hash of its labels and lengths, and its number among equal items.
+    References may differ, because runs with different references are compared."""
     prompts: Names
     """By which items are clustered."""
     shares: dict[str, Values]
@@ -85,11 +85,11 @@ class Outcomes:
         return tuple(dict.fromkeys(label[0] for label in self.labels))
 
     def items(self, part: Part) -> Numbers:
-        """Which items belong to a part of the task."""
+        """Return the numbers of the items in a part of the task."""
         return np.flatnonzero(np.isin(self.label, [i for i, label in enumerate(self.labels) if _belongs(label, part)]))
 
     def parts(self, dataset: str) -> Iterator[Part]:
-        """A data set, then its domains and slices, except those that are all of it."""
+        """Yield a data set, then its domains and slices, except those that hold all of its items."""
         whole = Part(self.task, dataset)
         own = [label for label in self.labels if label[0] == dataset]
         domains = sorted({domain for _, domain, _ in own if domain is not None})
@@ -116,7 +116,7 @@ class Candidates:
     """log(1 + characters), minus the mean of its item."""
 
     def of(self, items: Numbers) -> npt.NDArray[np.bool_]:
-        """Which candidates belong to some of the items."""
+        """Return a mask of the candidates of some items."""
         chosen = np.zeros(len(self.count), bool)
         chosen[items] = True
         return np.repeat(chosen, self.count)
@@ -132,18 +132,18 @@ def _belongs(label: Label, part: Part) -> bool:
 
 
 def digest(record: Record) -> int:
-    """A hash of what makes an item the same in two runs; the same within this process."""
+    """Return a hash of an item's labels and lengths, the same within this process."""
     what = (record.dataset, record.task, record.domain, record.prompt_id, record.quality, record.lengths)
     return hash(what) & (2**64 - 1)
 
 
 def prompt_name(record: Record) -> int:
-    """A number that stands for the prompt, the same in all runs."""
+    """Return a hash of the prompt's id, the same in all runs."""
     return int.from_bytes(hashlib.blake2b(record.prompt_id.encode(), digest_size=8).digest(), "big")
 
 
 def chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Up to `SHARD_ITEMS` records of one data set and task at a time; perturbed items come among the original ones."""
+    """Yield up to `SHARD_ITEMS` records of one data set and task at a time; perturbed items come between the others."""
     for _, own in groupby(records, lambda record: record.dataset):
         while read := list(islice(own, SHARD_ITEMS)):
             for task in dict.fromkeys(record.task for record in read):
@@ -196,7 +196,7 @@ class Collected:
         self.columns[column].append(np.asarray(values, kind))
 
     def outcomes(self, task: Task, scorers: Sequence[str]) -> Outcomes | None:
-        """All of it; None when there was nothing to be right about."""
+        """Return the complete columns; None without an item that has candidates of unequal quality."""
         if not self.columns:
             return None
         whole = {name: np.concatenate(self.columns.pop(name)) for name in list(self.columns)}
@@ -207,7 +207,7 @@ class Collected:
         return Outcomes(
             task=task,
             labels=tuple(self.labels),
-            keys=_told_apart(whole["keys"]),
+            keys=_made_unique(whole["keys"]),
             shares=by_scorer("share"),
             correlations={name: self._correlations(name, whole) for name in scorers if name in self.correlations}
             or None,
@@ -228,8 +228,8 @@ class Collected:
         return values
 
 
-def _told_apart(keys: Names) -> Names:
-    """Keys of which the second and further equal ones are changed, by their place among them."""
+def _made_unique(keys: Names) -> Names:
+    """Return the keys with repeated ones changed by their place among equals."""
     order = np.argsort(keys, kind="stable")
     ordered, place = keys[order], np.arange(len(keys))
     new = np.concatenate([[True], ordered[1:] != ordered[:-1]])

@@ -1,4 +1,4 @@
-"""From a data set of a suite to items: rows are read, found their reference and labelled."""
+"""Reading the items of a data set: rows get their references and labels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from polar.data import formats
 from polar.data.dialogues import split
 from polar.data.fields import Row, as_number, list_at, optional_string, string_at, text_at, texts_at
 from polar.data.readers import OnBadRow, ReadReport, rows
-from polar.evaluation.items import Item
+from polar.evaluation.records import Item
 from polar.evaluation.row_formats import (
     Graded,
     graded,
@@ -28,14 +28,14 @@ References = Callable[[Row, Graded], tuple[Text, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a model was trained on."""
+    """Prompts and policies of the training data."""
 
     prompts: frozenset[str]
     policies: frozenset[str]
 
 
 def read_items(dataset: Dataset, on_bad_row: OnBadRow, report: ReadReport) -> Iterator[Item]:
-    """The items of a data set, one at a time.
+    """Yield the items of a data set.
 
     Args:
         dataset: From a suite.
@@ -73,13 +73,13 @@ def read_items(dataset: Dataset, on_bad_row: OnBadRow, report: ReadReport) -> It
 
 
 def _preferred(item: Item) -> list[Text]:
-    """The answers that are better than another one."""
+    """Return the answers that are better than another one."""
     worst = min(item.quality)
     return [answer for answer, own in zip(item.group.candidates, item.quality, strict=True) if own > worst]
 
 
 def _row_groups(dataset: Dataset, on_bad_row: OnBadRow, report: ReadReport) -> Iterator[list[Row]]:
-    """The rows that make one item: one, or consecutive ones with an output each for the same prompt."""
+    """Yield the rows of one item: one row, or consecutive ones with an output each for the same prompt."""
     waiting: list[Row] = []
     for row in rows(dataset.path, on_bad_row=on_bad_row, report=report):
         if not all(_matches(value_at(row, place), wanted) for place, wanted in dataset.where.items()):
@@ -174,7 +174,7 @@ def _optional_number(row: Row, field: str) -> float | None:
 
 
 def _references(source: ReferenceSource) -> References:
-    """The function that finds the references of an item."""
+    """Return the function that finds the references of an item."""
     if source.absent:
         return lambda row, item: ("",)
     if source.chosen_as_reference:
@@ -202,7 +202,7 @@ def _references(source: ReferenceSource) -> References:
 
 
 def _at_column(row: Row, column: str | None) -> tuple[Text, ...]:
-    """One reference, or several when the column holds a list of texts and not of messages."""
+    """Return one reference, or several if the column holds a list of texts and not of messages."""
     if column is None:
         column = "references" if row.has("references") else "reference"
     if not row.has(column):

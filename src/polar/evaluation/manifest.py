@@ -1,4 +1,4 @@
-"""What an evaluation was: with it, and its records, a result can be checked and made again."""
+"""The manifest of an evaluation: model, data and settings, so that a result can be checked and reproduced."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Facts(BaseModel):
 
 
 class ModelFacts(_Facts):
-    """Which model gave the rewards, and how."""
+    """The model that gave the rewards, and how it was run."""
 
     name: str
     """As it was asked for: a directory or a hub name."""
@@ -40,9 +40,9 @@ class ModelFacts(_Facts):
     template_hash: str
     """The same for the input format: tokenizer and settings."""
     parameters: int | None
-    """None where a server computed; it does not tell, as for the two below."""
+    """None where a server computed, which does not say; device and dtype too."""
     engine: str
-    """What computed the rewards: "polar" (this process), or the type of a server as it was given, also "auto"."""
+    """Where rewards were computed: "polar" (this process), or the type of a server as it was given, also "auto"."""
     device: str | None
     dtype: str | None
     max_length: int
@@ -52,12 +52,12 @@ class ModelFacts(_Facts):
 
     @property
     def computed(self) -> str:
-        """By what, in words."""
+        """Engine, dtype and device in words."""
         return f"a server ({self.engine})" if self.device is None else f"{self.engine}, {self.dtype} on {self.device}"
 
     @property
     def hashes(self) -> str:
-        """Of weights and template, shortened."""
+        """Hashes of weights and template, shortened."""
         return f"weights {(self.hash or 'not here')[:12]}, template {self.template_hash[:12]}"
 
 
@@ -70,7 +70,7 @@ class DatasetFacts(_Facts):
     reference: str
     """Where references came from, in words."""
     aggregate: Aggregate = "max"
-    """What became of the rewards against several references, where items have them."""
+    """How rewards against several references became one, where items have them."""
     scoring: str | None = None
     """Official scoring rules that apply as well (`polar.evaluation.official`)."""
     finished: bool = False
@@ -85,7 +85,7 @@ class DatasetFacts(_Facts):
 
 
 class Manifest(_Facts):
-    """What an evaluation was: with it, and the records, a result can be checked and made again."""
+    """Model, data and settings of an evaluation."""
 
     format: Literal[2] = 2
     polar: str
@@ -159,13 +159,13 @@ def _state_hash(model: RewardModel | None) -> str:
 
 
 def template_hash(template: Template) -> str:
-    """Sixteen hexadecimal digits of tokenizer and settings: equal templates make equal inputs."""
+    """Return sixteen hexadecimal digits of tokenizer and settings: equal templates make equal inputs."""
     content = [template.tokenizer.to_str(), asdict(template.settings), template.compat]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def commit() -> str | None:
-    """The commit of polar's own source tree, with "+" when it has changes; None for an installed package."""
+    """Return the commit of polar's own source tree, with "+" when it has changes; None for an installed package."""
     here = Path(__file__).parent
     try:
         # An environment inside somebody else's repository is not our source tree: git must know this file.
@@ -177,14 +177,14 @@ def commit() -> str | None:
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
-    """What git answers, or None when it fails; it writes nothing."""
+    """Return the answer of git, or None when it fails; nothing is written."""
     command = ["git", "--no-optional-locks", "-C", str(directory), *arguments]
     found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     return found.stdout.strip() if found.returncode == 0 else None
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write the manifest at once or not at all.
+    """Write the manifest completely or not at all.
 
     Raises:
         InputError: the disk refuses it.
@@ -193,7 +193,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(directory: str | Path) -> Manifest:
-    """The manifest of an evaluation.
+    """Return the manifest of an evaluation.
 
     Raises:
         InputError: there is none, or it is not one of this format.

@@ -65,7 +65,7 @@ TIES = "Ties"
 
 
 def official_scores(scoring: str, records: Sequence[Record], scorer: str) -> dict[str, float]:
-    """A benchmark's own numbers, 0 to 1, the overall one first.
+    """Return a benchmark's own numbers, 0 to 1, the overall one first.
 
     Args:
         scoring: Which benchmark.

@@ -27,22 +27,22 @@ GREY = "#7d8790"
 """Of all other scorers."""
 MARKERS, OTHER_MARKERS = "osD^vP", "x+|123_"
 LEGEND_COLUMNS = 2
-SHOWN = 40
+MAX_ROWS_PLOTTED = 40
 """Most rows of a plot; tables have all."""
-MARKUP = frozenset("\\|`*_[]#~")
-"""What Markdown would not show as it is."""
+MARKDOWN_SYNTAX = frozenset("\\|`*_[]#~")
+"""Characters that Markdown interprets."""
 
 
 def page(report: Report) -> str:
-    """The page; the same report gives the same bytes."""
+    """Return the page; the same report gives the same bytes."""
     whole = [line for line in report.lines if line.measure == "accuracy" and line.part.whole and line.part.dataset]
     against = [one for one in report.comparisons if one.part.whole and one.part.dataset]
     datasets = dict.fromkeys(curve.dataset for curve in report.curves)
     diagnosed = bool(report.diagnoses)
     with mpl.rc_context(STYLE):
         plots = {
-            "accuracy": _accuracies(report, whole[:SHOWN]),
-            "differences": _differences(report, against[:SHOWN]) if against else None,
+            "accuracy": _accuracies(report, whole[:MAX_ROWS_PLOTTED]),
+            "differences": _differences(report, against[:MAX_ROWS_PLOTTED]) if against else None,
             "curves": [
                 (name, _best_of_n(report, [one for one in report.curves if one.dataset == name])) for name in datasets
             ],
@@ -50,7 +50,9 @@ def page(report: Report) -> str:
             "lengths": _lengths(report) if diagnosed else None,
         }
     bins = [(one, name, bins) for one in report.diagnoses for name, bins in _bins_of(one)]
-    return render("evaluation/report.html.jinja", report=report, plots=plots, whole=whole, bins=bins, shown=SHOWN)
+    return render(
+        "evaluation/report.html.jinja", report=report, plots=plots, whole=whole, bins=bins, shown=MAX_ROWS_PLOTTED
+    )
 
 
 def _bins_of(diagnosis: Diagnosis) -> Iterable[tuple[str, Sequence[Bin]]]:
@@ -201,7 +203,7 @@ def _legend(figure: Figure) -> None:
 
 
 def model_card(report: Report) -> str:
-    """For every model a section: its accuracies beside those of the baselines, and what they were measured on."""
+    """Return a section for every model: accuracies beside those of the baselines, and the data."""
     return "\n".join(line for run in report.runs if run.label in report.models for line in _card(report, run))
 
 
@@ -267,4 +269,4 @@ def _percent(value: Estimate | float | None) -> str:
 def _plain(text: str) -> str:
     """A text on one line that Markdown shows as it is."""
     line = html.escape(" ".join(text.split()), quote=False)
-    return "".join(f"\\{character}" if character in MARKUP else character for character in line)
+    return "".join(f"\\{character}" if character in MARKDOWN_SYNTAX else character for character in line)

@@ -1,4 +1,4 @@
-"""Transformations of a candidate that say nothing about its quality: a reward should not fall for them.
+"""Transformations of a candidate that change nothing in its quality, and should change little in its reward.
 
 Most are applied to the worse candidate of an item, after which the better one should still win: an injected
 instruction, another formatting, padding. Two are applied to the better one, which should still win in other words:
@@ -17,7 +17,7 @@ from typing import Literal, get_args
 from polar.core.records import text_of
 from polar.data.fields import text_at
 from polar.data.readers import rows
-from polar.evaluation.items import Item
+from polar.evaluation.records import Item
 
 Perturbation = Literal[
     "prompt injection",
@@ -40,7 +40,7 @@ _MARKUP = re.compile(r"^[ \t]{0,3}(#{1,6}|[-*+>]|\d+[.)])[ \t]+|\*\*|__|`+", re.
 
 
 def read_paraphrases(path: str) -> Paraphrases:
-    """Rows with text and paraphrase, held in memory.
+    """Return paraphrases by text, from rows with text and paraphrase.
 
     Raises:
         InputError: for a bad row or file.
@@ -51,14 +51,14 @@ def read_paraphrases(path: str) -> Paraphrases:
 def with_perturbations(
     items: Iterable[Item], perturbations: tuple[Perturbation, ...], paraphrases: Paraphrases
 ) -> Iterator[Item]:
-    """Every item, and after it one more for each perturbation that changes it."""
+    """Yield every item, and after it one more for each perturbation that changes it."""
     for item in items:
         yield item
         yield from perturbed(item, perturbations, paraphrases)
 
 
 def perturbed(item: Item, perturbations: tuple[Perturbation, ...], paraphrases: Paraphrases) -> Iterator[Item]:
-    """For each perturbation that changes the item: better and worse candidate, and one of the two transformed."""
+    """Yield better and worse candidate and one of the two transformed, for each perturbation that changes the item."""
     better = max(range(len(item.quality)), key=item.quality.__getitem__)
     worse = min(range(len(item.quality)), key=item.quality.__getitem__)
     if item.quality[better] == item.quality[worse]:

@@ -1,11 +1,11 @@
-"""The product of an evaluation: a directory of records, from which everything else is computed without a model.
+"""Items, which are scored, and records, the product: everything else is computed from them without a model.
 
     DIR/manifest.json                    what was evaluated, on what, with what (`polar.evaluation.manifest`)
     DIR/records/<dataset>-00000.parquet  one row per item (`Record`), up to `SHARD_ITEMS` of them in a file, in order
     DIR/summary.json                     what `polar eval` printed; computed from the two above
 
 An item is one group: candidates for one prompt beside one reference. Every list in a record has one entry per
-candidate, in the same order. What is known of the candidates is one number each, their `quality`, higher is better:
+candidate, in the same order. The label of a candidate is one number, its `quality`, higher is better:
 
 | task | quality |
 |---|---|
@@ -27,8 +27,11 @@ order of `Manifest.scorers`, each a list of numbers. With DuckDB:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+import hashlib
+import heapq
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +40,102 @@ import pyarrow.parquet as pq
 
 from polar.core.errors import InputError
 from polar.core.files import new_file, on_disk
+from polar.core.records import Group, Text, prompt_id, text_of
 from polar.evaluation.manifest import Task, read_manifest
 
 MODEL = "model"
-"""The model's name among the scorers; the others are baselines."""
+"""Name of the model among the scorers; the others are baselines."""
 
 WITHOUT_REFERENCE = "no reference"
-"""The scorer that is the model with an empty reference: what it knows without reading one."""
+"""Name of the model with an empty reference among the scorers."""
 
 RECORDS = "records"
 """The directory of the shards."""
 
 SHARD_ITEMS = 1024
 """Items that are scored, kept in memory and written together."""
+SHARD_CHARACTERS = 1 << 25
+"""Most characters of them, about: candidates may be many and long."""
+HASH_DIGITS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A group with the labels of its candidates; see `Record` for the meaning of the fields."""
+
+    task: Task
+    group: Group
+    """With the first reference."""
+    quality: tuple[float, ...]
+    reference_source: str
+    policies: tuple[str | None, ...]
+    families: tuple[str | None, ...]
+    reference_policy: str | None = None
+    reference_family: str | None = None
+    reference_quality: float | None = None
+    domain: str | None = None
+    slices: tuple[str, ...] = ()
+    further_references: tuple[Text, ...] = ()
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The same candidates beside each reference."""
+        return (self.group, *(replace(self.group, reference=reference) for reference in self.further_references))
+
+    @property
+    def prompt_id(self) -> str:
+        """`polar.core.records.prompt_id`; items of one prompt are one cluster."""
+        return prompt_id(self.group.prompt)
+
+    @property
+    def characters(self) -> int:
+        """Length of all its texts."""
+        return sum(map(len, self.texts))
+
+    @property
+    def texts(self) -> list[str]:
+        """Prompt, references and candidates, in this order."""
+        group = self.group
+        return [text_of(text) for text in (group.prompt, group.reference, *self.further_references, *group.candidates)]
+
+    def digest(self) -> bytes:
+        """Return a hash of everything that the item says."""
+        group = self.group
+        labels = [self.policies, self.families, self.reference_policy, self.reference_family, self.reference_quality]
+        texts = [self.texts, len(self.further_references)]
+        content = [self.task, *texts, group.id, group.wrapper, self.quality, *labels, self.domain, self.slices]
+        payload = json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        return hashlib.sha256(payload).digest()
+
+
+def fingerprint(digests: Iterable[bytes]) -> str:
+    """Return sixteen hexadecimal digits for a sequence of digests."""
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:HASH_DIGITS]
+
+
+def stretches(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Yield what is scored and written together; the same items are always cut at the same places."""
+    stretch: list[Item] = []
+    characters = 0
+    for item in items:
+        stretch.append(item)
+        characters += item.characters
+        if len(stretch) == SHARD_ITEMS or characters >= SHARD_CHARACTERS:
+            yield stretch
+            stretch, characters = [], 0
+    if stretch:
+        yield stretch
+
+
+def sample(items: Iterable[Item], limit: int | None) -> Iterable[Item]:
+    """Return at most `limit` items in their order, drawn from the whole stream, always the same ones.
+
+    They are those with the smallest hashes, so two data sets that share items choose alike. Holds `limit` items.
+    """
+    if limit is None:
+        return items
+    drawn = heapq.nsmallest(limit, enumerate(items), key=lambda pair: (pair[1].digest(), pair[0]))
+    return [item for _, item in sorted(drawn, key=lambda pair: pair[0])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +188,7 @@ TEXTS = ("prompt", "reference", "further_references", "candidates")
 
 
 def shard_path(directory: Path, dataset: str, number: int) -> Path:
-    """Where the records of one stretch of a data set stand."""
+    """Return the file for one shard of a data set's records."""
     return directory / RECORDS / f"{dataset}-{number:05}.parquet"
 
 
@@ -140,7 +226,7 @@ def schema(scorers: Sequence[str]) -> pa.Schema:
 
 
 def write_shard(path: Path, records: Sequence[Record], scorers: Sequence[str], fingerprint: str) -> None:
-    """Write the records of one stretch; the file appears only when it is complete.
+    """Write the records of one shard; the file appears only when it is complete.
 
     Args:
         path: From `shard_path`.
@@ -158,7 +244,7 @@ def write_shard(path: Path, records: Sequence[Record], scorers: Sequence[str], f
 
 
 def shard_fingerprint(path: Path) -> str | None:
-    """The fingerprint of the items of a shard that was written before, or None if there is no such shard."""
+    """Return the fingerprint of the items of a shard that was written before, or None without one."""
     if not path.exists():
         return None
     with _readable(path):
@@ -167,7 +253,7 @@ def shard_fingerprint(path: Path) -> str | None:
 
 
 def read_records(directory: str | Path, *, texts: bool = False) -> Iterator[Record]:
-    """The records of an evaluation, data set by data set in the order of the manifest, and in it in order.
+    """Yield the records of an evaluation in order, data set by data set as in the manifest.
 
     Args:
         directory: What `polar eval --output` wrote. It may be unfinished.
@@ -185,7 +271,7 @@ def read_records(directory: str | Path, *, texts: bool = False) -> Iterator[Reco
 
 
 def shards(directory: Path, dataset: str) -> list[Path]:
-    """The files of a data set, in order, as far as they are written without a gap."""
+    """Return the files of a data set in order, up to the first gap."""
     found: list[Path] = []
     while (path := shard_path(directory, dataset, len(found))).exists():
         found.append(path)

@@ -1,4 +1,4 @@
-"""What evaluations say side by side, from their records alone: the content of the page, the JSON and the model card.
+"""The comparison of evaluations, from their records alone: the content of the page, the JSON and the model card.
 
 Records are read twice: first without their texts, one run at a time, to numbers (`polar.evaluation.columns`), and then
 once more for the texts of the few mistakes that are shown.
@@ -64,7 +64,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All that the report says."""
+    """Content of the report."""
 
     runs: tuple[Run, ...]
     scorers: tuple[str, ...]
@@ -76,7 +76,7 @@ class Report:
     """The scorer is the label of a run."""
     mistakes: tuple[Mistake, ...]
     warnings: tuple[str, ...]
-    """What a reader has to know first, in plain words."""
+    """Weaknesses of data and runs, which the page shows first."""
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -102,7 +102,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Surveyed:
-    """What is kept of the records of a run."""
+    """A run with the numbers of its records."""
 
     run: Run
     summary: Summary
@@ -166,7 +166,7 @@ def _surveyed(run: Run) -> Surveyed:
 
 
 def _lines(surveys: Sequence[Surveyed]) -> Iterator[Line]:
-    """The results of all runs, those of one part together."""
+    """Return the results of all runs, those of one part together."""
     found: dict[tuple[Part, str], Line] = {}
     for survey in surveys:
         for part, measure, items, values in _measures(survey.summary):
@@ -207,7 +207,7 @@ def _part_of(result: Result) -> Part:
 
 
 def _comparisons(surveys: Sequence[Surveyed], lines: Sequence[Line], baselines: Sequence[str]) -> Iterator[Comparison]:
-    """Every model with the baseline that is best on the whole data set, and with the first model."""
+    """Yield the comparisons of every model with the best baseline of the data set, and with the first model."""
     parts: defaultdict[tuple[Task, str | None], list[Part]] = defaultdict(list)
     best: dict[tuple[Task, str | None], str] = {}
     for line in lines:
@@ -241,12 +241,12 @@ def _curves(surveys: Sequence[Surveyed]) -> Iterator[Curve]:
 
 
 def _warnings(surveys: Sequence[Surveyed]) -> Iterator[str]:
-    """What a reader has to know about runs and data; what holds for all runs is said once."""
-    told: defaultdict[str, list[str]] = defaultdict(list)
+    """Yield weaknesses of runs and data; those of all runs only once."""
+    runs_by_warning: defaultdict[str, list[str]] = defaultdict(list)
     for survey in surveys:
         for warning in _warnings_of(survey):
-            told[warning].append(survey.run.label)
-    for warning, labels in told.items():
+            runs_by_warning[warning].append(survey.run.label)
+    for warning, labels in runs_by_warning.items():
         yield warning if len(labels) == len(surveys) else f"{', '.join(labels)}: {warning}"
     datasets = [dataset for survey in surveys for dataset in survey.run.manifest.datasets]
     for name in dict.fromkeys(dataset.name for dataset in datasets):

@@ -18,7 +18,6 @@ from polar.core.records import Group, aggregated, text_of
 from polar.core.version import __version__
 from polar.data.readers import OnBadRow, ReadReport
 from polar.evaluation.datasets import read_items
-from polar.evaluation.items import SHOWN_DIGITS, Item, fingerprint, sample, stretches
 from polar.evaluation.manifest import (
     MANIFEST,
     DatasetFacts,
@@ -31,12 +30,17 @@ from polar.evaluation.manifest import (
 )
 from polar.evaluation.perturbations import read_paraphrases, with_perturbations
 from polar.evaluation.records import (
+    HASH_DIGITS,
     MODEL,
     RECORDS,
     WITHOUT_REFERENCE,
+    Item,
     Record,
+    fingerprint,
+    sample,
     shard_fingerprint,
     shard_path,
+    stretches,
     write_shard,
 )
 from polar.evaluation.scorers import Model, Scorer, baselines, library_versions, open_model
@@ -46,7 +50,7 @@ from polar.model.reward_model import RewardModel
 
 
 def planned(suite: Suite) -> tuple[DatasetFacts, ...]:
-    """What the manifest says about the data sets before anything is scored."""
+    """Return the facts of the data sets before anything is scored."""
     return tuple(
         DatasetFacts(
             name=dataset.name,
@@ -78,6 +82,7 @@ def evaluate(
     dtype: str | None = None,
     max_length: int | None = None,
     max_response_length: int | None = None,
+    batch_tokens: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Summary:
     """Measure a reward model beside baselines, as `polar eval` does, and keep a record of every item.
@@ -102,11 +107,12 @@ def evaluate(
         on_bad_row: "skip" leaves unreadable rows out; the manifest counts them.
         server_address: host:port or URL of a server that gives the rewards, several separated by commas; the model is
             then the directory of the checkpoint that it serves.
-        engine: What serves there; "auto" finds out.
+        engine: Type of these servers; "auto" finds out.
         device: Torch device (default: a GPU if there is one).
         dtype: float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on a CPU).
         max_length: Longest input in tokens (default: the checkpoint's).
         max_response_length: Longest reference and answer in tokens (default: the checkpoint's).
+        batch_tokens: Tokens of one forward pass (default: 4096 on a CPU, 16384 elsewhere).
         progress: Called with the number of items that are done, scored now or before.
 
     Raises:
@@ -132,6 +138,7 @@ def evaluate(
             dtype=dtype,
             max_length=max_length,
             max_response_length=max_response_length,
+            batch_tokens=batch_tokens,
         )
     with opened as rewarding, ExitStack() as temporary:
         facts: ModelFacts | None = None
@@ -178,10 +185,10 @@ def _record_items(
     Memory holds one stretch of items (or `limit` of them), whatever the size of the data.
 
     Args:
-        suite: What to read.
+        suite: Data sets to read.
         directory: For manifest and records; made if needed.
         manifest: With `planned` data sets; its scorers are those of the records.
-        model: What gives the rewards; None for the baselines alone.
+        model: None for the baselines alone.
         baselines: By name.
         progress: Called with the number of items that are done, scored now or before.
     """
@@ -218,7 +225,7 @@ def _record_items(
                 "items": count,
                 "skipped": report.skipped,
                 "first_reasons": tuple(report.first_reasons),
-                "hash": digest.hexdigest()[:SHOWN_DIGITS],
+                "hash": digest.hexdigest()[:HASH_DIGITS],
             }
         )
         manifest = manifest.model_copy(update={"datasets": tuple(datasets)})
@@ -226,7 +233,7 @@ def _record_items(
 
 
 def _continued(directory: Path, manifest: Manifest) -> Manifest:
-    """The manifest to go on with: that of the directory, if it is of the same run."""
+    """Return the manifest to continue with: that of the directory, if it is of the same run."""
     if not (directory / MANIFEST).exists():
         if any((directory / RECORDS).iterdir()):
             raise InputError(f"{directory}: holds records without a {MANIFEST}; choose another directory")
@@ -256,7 +263,7 @@ def _short(value: object) -> str:
 
 
 def _known(path: Path, items: str) -> bool:
-    """Whether these items are recorded at this place."""
+    """Return whether these items are recorded at this place."""
     found = shard_fingerprint(path)
     if found is not None and found != items:
         raise InputError(
@@ -292,7 +299,7 @@ def _score(
 
 
 def _model_rewards(model: Model, groups: Sequence[Group]) -> tuple[list[list[float]], list[tuple[int, ...]]]:
-    """Rewards of the model and tokens that were cut; groups of similar length are scored together."""
+    """Return rewards of the model and tokens that were cut; groups of similar length are scored together."""
     encoded = [model.template.encode_group(group) for group in groups]
     order = sorted(range(len(groups)), key=lambda i: len(encoded[i].prefix) + sum(map(len, encoded[i].branches)))
     rewards: list[list[float]] = [[] for _ in groups]

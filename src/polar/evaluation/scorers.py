@@ -1,4 +1,4 @@
-"""What gives rewards: a model in this process or on servers, and the baselines beside it.
+"""Scorers: a model in this process or on servers, and the baselines beside it.
 
 Baselines measure closeness to the reference. ROUGE-L and chrF come with the extra `eval`; where it is not installed,
 they are left out with a warning.
@@ -95,7 +95,7 @@ def open_model(
 
 
 def baselines(embedding: str | None = None) -> dict[str, Scorer]:
-    """All baselines that can be computed here, by the name that tables show; chance is the last.
+    """Return all baselines that can be computed here, by the name that tables show; chance is the last.
 
     Args:
         embedding: Directory or hub name of a sentence-transformers model, or None for no similarity of embeddings.
@@ -116,7 +116,7 @@ def baselines(embedding: str | None = None) -> dict[str, Scorer]:
 
 
 def library_versions() -> Iterator[tuple[str, str]]:
-    """Names and versions of the libraries that the numbers depend on, as far as they are installed."""
+    """Yield names and versions of the libraries that the numbers depend on, as far as they are installed."""
     for library in ("torch", "transformers", "tokenizers", "numpy", *LIBRARIES.values()):
         try:
             yield library, version(library)
@@ -125,7 +125,7 @@ def library_versions() -> Iterator[tuple[str, str]]:
 
 
 def embedding_similarity(name: str) -> Scorer:
-    """Cosine of the embeddings of candidate and reference.
+    """Return the cosine of the embeddings of candidate and reference as a scorer.
 
     Args:
         name: Directory or hub name of a sentence-transformers model; no code of it is run.

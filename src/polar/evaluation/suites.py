@@ -1,4 +1,4 @@
-"""Suites: what to evaluate on, as a YAML file that is checked field by field.
+"""Suites: data sets to evaluate on, as a YAML file that is checked field by field.
 
     description: held-out policies, and preferences of people
     datasets:
@@ -44,7 +44,7 @@ class _Settings(BaseModel):
 
 
 class ReferenceSource(_Settings):
-    """Where the references come from: a column, a file, the best candidate itself, or nowhere."""
+    """Source of references: a column, a file, the best candidate itself, or none."""
 
     column: str | None = None
     """Default: "reference", or "references" in rows that have it, which holds a list of them."""
@@ -83,7 +83,7 @@ class Dataset(_Settings):
     task: Task
     reference: ReferenceSource = ReferenceSource()
     columns: dict[str, str | list[str]] = {}
-    """Field of ours -> where it stands in the row: "meta.models.0" looks into objects, lists and JSON text."""
+    """Field of ours -> its place in the row: "meta.models.0" looks into objects, lists and JSON text."""
     where: dict[str, Any] = {}
     """Only rows that have these values at these places; a list allows several."""
     slices: tuple[str, ...] = ()
@@ -95,11 +95,11 @@ class Dataset(_Settings):
     families: str | None = None
     """Rows with policy and family."""
     aggregate: Aggregate = "max"
-    """What becomes of the rewards against several references; all aggregates are reported beside it."""
+    """How rewards against several references become one; all aggregates are reported beside it."""
     perturbations: tuple[Perturbation, ...] = Field(
         default=(), validation_alias=AliasChoices("perturbations", "probes")
     )
-    """Changes of a candidate that a reward should not fall for (`polar.evaluation.perturbations`); also `probes`."""
+    """Changes of a candidate that a reward should withstand (`polar.evaluation.perturbations`); also `probes`."""
     paraphrases: str | None = None
     """For the perturbation "paraphrase": rows with text, a best candidate, and the same in other words, paraphrase."""
     on_bad_row: Literal["error", "skip"] | None = None
@@ -155,10 +155,10 @@ class Suite(_Settings):
         if not triples and not preferences:
             raise InputError("nothing to evaluate: give a suite, a file of triples or a file of preferences")
         names = _names([*triples, *preferences])
-        read = {"seen": tuple(map(str, seen))}
-        families = families if families is None else str(families)
+        known = tuple(map(str, seen))
+        families = None if families is None else str(families)
         datasets = [
-            Dataset(name=next(names), path=str(path), task="policy discrimination", families=families, **read)
+            Dataset(name=next(names), path=str(path), task="policy discrimination", seen=known, families=families)
             for path in triples
         ]
         datasets += [
@@ -167,7 +167,7 @@ class Suite(_Settings):
                 path=str(path),
                 task="preference accuracy",
                 reference=reference or ReferenceSource(),
-                **read,
+                seen=known,
             )
             for path in preferences
         ]

@@ -1,4 +1,4 @@
-"""What the records of one evaluation say, computed from them alone: accuracies by data set, domain and slice.
+"""The summary of one evaluation, from its records alone: accuracies by data set, domain and slice.
 
 A scorer's accuracy on an item is the share of its candidate pairs of unequal quality that it orders properly, ties one
 half (`metrics.ordered_shares`). For right and wrong answers that is the area under the ROC curve within a prompt; the
@@ -74,7 +74,7 @@ class BestOfN:
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """What one transformation of the worse or of the better candidates does to the accuracy."""
+    """Accuracy before and after one transformation of the worse or of the better candidates."""
 
     dataset: str
     probe: str
@@ -89,7 +89,7 @@ class Sensitivity:
 
 @dataclass(frozen=True, slots=True)
 class SeveralReferences:
-    """Accuracies on the items that have several references, by what is made of the rewards against each."""
+    """Accuracies on the items that have several references, by how the rewards against each become one."""
 
     dataset: str
     accuracy: dict[str, dict[str, Estimate]]
@@ -189,7 +189,7 @@ class Referenced:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What is kept of the records."""
+    """Numbers of the records that a summary needs."""
 
     manifest: Manifest
     by_task: dict[Task, Outcomes]

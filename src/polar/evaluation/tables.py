@@ -81,7 +81,7 @@ def _percent(estimate: Estimate, sign: str = "") -> str:
 
 def _several_references(results: Sequence[SeveralReferences]) -> Table:
     scorers = list(next(iter(results[0].accuracy.values())))
-    caption = "accuracy in % on the items that have several references, by what becomes of the rewards against each"
+    caption = "accuracy in % on the items that have several references, by how the rewards against each become one"
     table = _table("several references", ["data", "rewards", "items", *scorers], caption)
     for result in results:
         for how, accuracy in result.accuracy.items():
@@ -120,7 +120,7 @@ def _official(official: Official) -> Table:
 
 
 def _notes(summary: Summary) -> Iterator[str]:
-    """What the tables do not say of the data: references, skipped rows, copies of references, truncation."""
+    """Yield notes on the data: references, skipped rows, copies of references, truncation."""
     for dataset in summary.manifest.datasets:
         if dataset.task != "policy discrimination":
             yield f"{dataset.name}: references: {dataset.reference}"
