@@ -2,12 +2,17 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 from polar.core.errors import InputError
-from polar.core.files import new_directory, new_file, require_new, write_json, write_text
+from polar.core.files import new_directory, new_file, on_disk, require_new, write_json, write_text
+from tests.killing import files_of_at_most
 
 
 def names(directory: Path) -> list[str]:
@@ -41,6 +46,32 @@ def test_after_an_error_the_old_file_is_there_and_nothing_else(tmp_path: Path) -
     with pytest.raises(OSError, match="of the block"):
         write_half()
     assert (path.read_text(), names(tmp_path)) == ("old", ["a.txt"])
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path, tokenizer: path.write_bytes(bytes(9000)),
+        lambda path, tokenizer: tokenizer.save(str(path)),
+        lambda path, tokenizer: save_file({"weight": torch.zeros(9000)}, path),
+        lambda path, tokenizer: torch.save({"weight": torch.zeros(9000)}, path),
+    ],
+    ids=["python", "tokenizers", "safetensors", "torch"],
+)
+def test_a_full_disk_is_one_line_whoever_writes(
+    write: Callable[[Path, Tokenizer], None], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    path = tmp_path / "a"
+    refused = pytest.raises(InputError, match=r"^/.*/a: cannot be written: \w[^\n]+$")
+    with files_of_at_most(4096), refused, on_disk(path):
+        write(path, tokenizer)
+
+
+def test_other_errors_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+    for error in (RuntimeError("shapes differ"), InputError("a: 1 (os error 28)"), BrokenPipeError()):
+        with pytest.raises(type(error)) as raised, on_disk(tmp_path):
+            raise error
+        assert raised.value is error
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])

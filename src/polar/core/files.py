@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,14 +22,31 @@ def on_disk(path: str | Path) -> Iterator[None]:
     """Report what the operating system refuses (a full disk, a missing directory) as a fault of the given path.
 
     Raises:
-        InputError: In place of an `OSError`.
+        InputError: In place of an `OSError`, or of what a library raises that writes files by itself.
     """
     try:
         yield
-    except BrokenPipeError:  # the reader of stdout went away, which is no mistake
+    except (BrokenPipeError, InputError):  # the reader of stdout went away, which is no mistake
         raise
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {' '.join((error.strerror or str(error)).split())}") from error
+    except Exception as error:
+        if (refused := refusal(error)) is None:
+            raise
+        raise InputError(f"{path}: cannot be written: {refused}") from error
+
+
+def refusal(error: Exception) -> str | None:
+    """Return what the operating system refused, or None if that is not what an error is about.
+
+    Libraries in Rust (safetensors, tokenizers) and C++ (torch) have types and texts of their own for it.
+    """
+    if isinstance(error, OSError):
+        return " ".join((error.strerror or str(error)).split())
+    text = str(error)
+    if in_rust := re.search(r"([^:\n]+) \(os error \d+\)", text):
+        return in_rust[1].strip()
+    if "PytorchStreamWriter" in text or "unexpected pos" in text:
+        return "a file cannot be written whole, as on a full disk"
+    return None
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from polar.core.checkpoint import checkpoint_directory, read_checkpoint_file
 from polar.core.errors import InputError, reason
-from polar.core.files import new_directory, require_new
+from polar.core.files import new_directory, on_disk, require_new
 from polar.core.template import Template
 from polar.core.version import __version__
 from polar.model.files import find_shards, read_json, write_json
@@ -72,20 +72,17 @@ def export(source: str | Path, target: str | Path, engine: Engine) -> str:
         tensors = _qwen2_tensors(weights, config)
     ours = read_checkpoint_file(directory)
     provenance = {**ours.get("provenance", {}), "exported": f"{engine}, polar {__version__}"}
-    try:
-        with new_directory(target) as written:
-            kept = {name: ours[name] for name in ("probes", "calibration") if name in ours}  # the rewards are the same
-            template.save(written, provenance=provenance, **kept)
-            write_json(written / "config.json", exported)
-            write_json(written / "tokenizer_config.json", _tokenizer_config(directory))
-            for name in ("special_tokens_map.json", "chat_template.jinja"):
-                if (directory / name).is_file():
-                    shutil.copyfile(directory / name, written / name)
-            _write_weights(tensors, written)
-            if weights:  # what no tensor was made of
-                raise InputError(f"{directory}: unexpected tensor {min(weights)}; {engine} has no place for it")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{target}: the checkpoint could not be written ({error})") from error
+    with on_disk(target), new_directory(target) as written:
+        kept = {name: ours[name] for name in ("probes", "calibration") if name in ours}  # the rewards are the same
+        template.save(written, provenance=provenance, **kept)
+        write_json(written / "config.json", exported)
+        write_json(written / "tokenizer_config.json", _tokenizer_config(directory))
+        for name in ("special_tokens_map.json", "chat_template.jinja"):
+            if (directory / name).is_file():
+                shutil.copyfile(directory / name, written / name)
+        _write_weights(tensors, written)
+        if weights:  # what no tensor was made of
+            raise InputError(f"{directory}: unexpected tensor {min(weights)}; {engine} has no place for it")
     return str(exported["architectures"][0])
 
 

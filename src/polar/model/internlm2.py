@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from polar.core.checkpoint import CHECKPOINT_FILE, local_directory
 from polar.core.errors import InputError
-from polar.core.files import new_directory, require_new
+from polar.core.files import new_directory, on_disk, require_new
 from polar.core.template import Template, TemplateSettings
 from polar.core.version import __version__
 from polar.model.files import find_shards, read_json, read_shard, write_json
@@ -72,16 +71,13 @@ def convert(source: str | Path, target: str | Path) -> None:
     architecture = config["architectures"][0]
     shapes = source_shapes(llama, architecture)
     shards = find_shards(directory)
-    try:
-        with new_directory(target) as written:
-            provenance = {"source": str(source), "architecture": architecture, "converter": f"polar {__version__}"}
-            template.save(written, provenance=provenance)
-            write_json(written / "config.json", llama)
-            write_json(written / "tokenizer_config.json", tokenizer_config)
-            _convert_weights(shards, written, shapes, llama)
-            write_probes(written)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{target}: the checkpoint could not be written ({error})") from error
+    with on_disk(target), new_directory(target) as written:
+        provenance = {"source": str(source), "architecture": architecture, "converter": f"polar {__version__}"}
+        template.save(written, provenance=provenance)
+        write_json(written / "config.json", llama)
+        write_json(written / "tokenizer_config.json", tokenizer_config)
+        _convert_weights(shards, written, shapes, llama)
+        write_probes(written)
 
 
 def _map_tokenizer(directory: Path, config: Mapping[str, Any]) -> tuple[Template, dict[str, Any]]:

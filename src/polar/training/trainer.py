@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from polar.core.errors import InputError
+from polar.core.files import refusal
 from polar.model.tree import TreeBatch, hidden_states, rewards
 from polar.training.batches import Example
 from polar.training.config import TrainConfig
@@ -25,6 +27,9 @@ from polar.training.objectives import LexicalAuxiliaryLoss, Objective
 from polar.training.progress import Progress
 from polar.training.speed import Meter
 from polar.training.stream import BatchStream, held_out_batches
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What a disk refuses while training goes on; other `OSError`s may be those of a network."""
 
 
 class RewardTrainer(Trainer):
@@ -50,9 +55,20 @@ class RewardTrainer(Trainer):
         self.add_callback(self._finite)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own; the terminal is left as it was found, however it ends."""
+        """Trainer's own; the terminal is left as it was found, however it ends.
+
+        Raises:
+            InputError: the disk is full, so that a checkpoint is not whole.
+        """
         try:
             return super().train(*args, **kwargs)
+        except Exception as error:  # of the libraries that write a checkpoint each has a type of its own
+            if (isinstance(error, OSError) and error.errno not in FULL) or (refused := refusal(error)) is None:
+                raise
+            raise InputError(
+                f"{self.args.output_dir}: the checkpoint of step {self.state.global_step} cannot be written: "
+                f"{refused}; make room, and the same command goes on from the newest whole one"
+            ) from error
         finally:
             self._progress.close()
 
