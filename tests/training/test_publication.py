@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from polar import InputError, RewardModel
 from polar.core.checkpoint import CHECKPOINT_FILE, read_checkpoint_file
@@ -19,7 +20,7 @@ from polar.training import run
 from polar.training.config import FinetuneConfig, LoraSettings
 from polar.training.init_model import fitting_lengths
 from polar.training.run import finetune
-from tests.killing import killed_before_change
+from tests.killing import files_of_at_most, killed_before_change
 
 
 def row(**values: str) -> str:
@@ -151,6 +152,44 @@ def test_an_output_that_cannot_be_written_is_one_line(
         finetune(settings(data, checkpoint, tmp_path / output))
     assert "\n" not in str(error.value)
     assert data.read_text() == "".join(ROWS)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.5], ids=["weights", "optimizer"])
+def test_a_disk_that_is_full_at_a_checkpoint_is_one_line(
+    share: float, data: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    config = settings(data, checkpoint, tmp_path / "rm", save_steps=1)
+    weights = (checkpoint / "model.safetensors").stat().st_size
+    with files_of_at_most(int(share * weights)), pytest.raises(InputError) as error:
+        finetune(config)
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / 'rm' / 'run'}: the checkpoint of step 1 cannot be written: ")
+    assert message.endswith("; make room, and the same command goes on from the newest whole one")
+    assert "\n" not in message
+    assert finetune(config).provenance["training"]["steps"] == 2
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_an_example_that_the_attention_does_not_see_whole_is_named_before_the_training(
+    held_out: bool, data: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    window = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=512, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+            num_key_value_heads=1, max_position_embeddings=1024, sliding_window=100,
+        )
+    )  # fmt: skip
+    window.save_pretrained(base := tmp_path / "window")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoint / name, base)
+    long = tmp_path / "long.jsonl"
+    long.write_text("".join(ROWS[:3]) + row(prompt="A long one " * 20))
+    used, more = (data, {"eval_data": [str(long)]}) if held_out else (long, {})
+    with pytest.raises(InputError, match=r'^record 4 \("A long one .*slides over 100; lower max_length to 100$'):
+        finetune(settings(used, base, tmp_path / "rm", max_steps=1, **more))
+    assert not list((tmp_path / "rm" / "run").glob("checkpoint-*"))
+    assert finetune(settings(used, base, tmp_path / "rm", max_steps=1, max_length=100, max_response_length=20, **more))
 
 
 def test_the_checkpoint_tells_its_base_its_data_and_its_settings(data: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def hidden_states(model: Any, batch: TreeBatch, **kwargs: Any) -> Any:
         InputError: An input is longer than the model can take here.
     """
     first, last, start, end = batch.table_11S4[0, 0].unbind(1)
-    _require_fit(model, int((last - first + end - start).max()))
+    require_fit(model, int((last - first + end - start).max()))
     if not model.takes_rows:
         return separate_states(model, batch, **kwargs)
     return row_states(model, batch, **_attention(model, batch), **kwargs)
@@ -150,20 +150,25 @@ def separate_states(model: Any, batch: TreeBatch, **kwargs: Any) -> Any:
     )
 
 
-def _require_fit(model: Any, longest: int) -> None:
+def require_fit(model: Any, longest: int) -> None:
+    """Check that a model can take an input of so many tokens.
+
+    Raises:
+        InputError: its attention slides over fewer, or its positions change from fewer on.
+    """
     config = model.config
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
     slides = model.takes_rows and set(getattr(config, "layer_types", None) or ["every layer"]) != {"full_attention"}
     if window is not None and slides and longest > window:
         raise InputError(
             f"an input has {longest} tokens, but the model's attention slides over {window}; "
-            f"lower max_length of its template to {window}"
+            f"lower max_length to {window}"
         )
     original = _length_that_changes_positions(config)
     if original is not None and longest > original:
         raise InputError(
             f"an input has {longest} tokens, but from {original} on the model's rotary positions (longrope) depend on "
-            f"the longest input of a batch; lower max_length of its template to {original}"
+            f"the longest input of a batch; lower max_length to {original}"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from polar.core.errors import InputError
 from polar.core.records import Group, Preference, Text, Triple, text_of
 from polar.core.template import EncodedGroup, Template
-from polar.model.tree import row_length, tree_batch
+from polar.model.tree import require_fit, row_length, tree_batch
 from polar.training.objectives import Objective, lexical_targets
 
 log = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ def require_several_policies(triples: Iterable[Triple]) -> Iterator[Triple]:
 
 
 def drop_equal_pairs(examples: Iterable[Example]) -> Iterator[Example]:
-    """The same examples; comparisons of two equal candidates are counted and reported at the end.
+    """The same examples without the comparisons of two equal candidates, whose number is reported at the end.
 
     Candidates are equal if the model reads the same tokens: two equal texts, or texts that are cut to the same
     beginning. Their gradient is zero and their loss log 2, whatever the model.
@@ -166,16 +166,35 @@ def drop_equal_pairs(examples: Iterable[Example]) -> Iterator[Example]:
     comparisons = equal = 0
     for example in examples:
         branches = example.group.branches
+        pairs = tuple((better, worse) for better, worse in example.pairs if branches[better] != branches[worse])
         comparisons += len(example.pairs)
-        equal += sum(branches[better] == branches[worse] for better, worse in example.pairs)
-        yield example
+        equal += len(example.pairs) - len(pairs)
+        if pairs:
+            yield replace(example, pairs=pairs)
     if equal == comparisons > 0:
         raise InputError(
             f"both candidates are the same in all {equal:,} comparisons (after cutting to max_response_length); "
             "nothing can be learned from them"
         )
     if equal:
-        log.warning("both candidates are the same in %d of %d comparisons: they teach nothing", equal, comparisons)
+        log.warning(
+            "both candidates are the same in %d of %d comparisons: they teach nothing and are left out",
+            *(equal, comparisons),
+        )
+
+
+def require_all_fit(examples: Iterable[Example], model: Any) -> Iterator[Example]:
+    """The same examples, each of which the model can take.
+
+    Raises:
+        InputError: one is longer than the attention of the model sees; it is named.
+    """
+    for example in examples:
+        try:
+            require_fit(model, len(example.group.prefix) + max(map(len, example.group.branches)))
+        except InputError as error:
+            raise InputError(f"record {example.name}: {error}") from error
+        yield example
 
 
 @dataclass(slots=True)

@@ -31,6 +31,7 @@ from polar.training.batches import (
     drop_equal_pairs,
     examples_from_preferences,
     examples_from_triples,
+    require_all_fit,
     require_several_policies,
 )
 from polar.training.checkpoints import Layout, MarkComplete, StopOnSignal, begin_run
@@ -123,7 +124,7 @@ def _train(
         if found is not None:
             return found
         reading, cut = Reading(read, paths, config.on_bad_row), Cut()
-        made = drop_equal_pairs(cut.count(encoded(reading)))
+        made = drop_equal_pairs(require_all_fit(cut.count(encoded(reading)), start.model))
         return write_examples(file, made, fingerprint, lambda: {"data": reading.facts(), "cut": asdict(cut)})
 
     training = from_main(lambda: examples("examples.arrow", config.data, keep=checkpoint is not None))
@@ -171,7 +172,8 @@ def _train(
     )
     with fail_together():
         if trainer.is_world_process_zero():
-            trainer.save_state()
+            with on_disk(run):
+                trainer.save_state()
             _publish(trained, output)
     return trained
 
