@@ -191,21 +191,23 @@ class Transport:
         Raises:
             RefusedError: the servers refuse the request, break on it, or the time is over.
         """
-        last = "no server was free"
+        last, failure = "no server was free", ""
 
         async def ask_until_one_answers() -> list[Answer]:
-            nonlocal last
+            nonlocal last, failure
             while True:
                 server = await self._acquire()
-                last = f"{server.address}: no answer yet"
+                last = f"{server.address}: no answer yet{failure and f', after {failure}'}"
                 try:
                     engine = await self._proven(server)
                     answers = await self.post(server, engine, sequences, {"trace": server.note_connection})
                     await self._proven(server)  # what answered may have come up in the meantime
                     return answers
                 except (EngineError, UnavailableError) as error:
-                    last = f"{server.address}: {error}"
+                    last = failure = f"{server.address}: {error}"
                     if isinstance(error, UnavailableError):
+                        if not (error.status or server.failures):
+                            log.warning("%s; it is tried again later", last)
                         server.rest(error)
                     else:
                         server.endpoint.exclude(str(error))

@@ -36,6 +36,8 @@ MAX_MESSAGE_CHARACTERS = 300
 MAX_REPLY_BYTES = 1 << 26
 CONNECT_SECONDS = 30.0
 """In which a server must take a connection; one that drops packets would keep silent until the timeout."""
+SILENT_SECONDS = 30.0
+"""Without any reply, after which it is told for which server we wait."""
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
 UNAVAILABLE = (429, 502, 503, 504)
 """Statuses of servers that are overloaded, starting, or behind a broken gateway."""
@@ -96,6 +98,8 @@ class Endpoint:
         self.excluded = ""
         """Why the server is not used any more; empty while it is."""
         self._exclusion = asyncio.Event()
+        self._replies = 0
+        self._silence_told = False
         self._key = key
         self._http = httpx2.AsyncClient(
             base_url=url,
@@ -122,6 +126,7 @@ class Endpoint:
         Raises:
             HttpError: one of its kinds above.
         """
+        silence = asyncio.get_running_loop().call_later(SILENT_SECONDS, self._tell_silence, self._replies, timeout)
         try:
             async with asyncio.timeout(timeout), self._http.stream(method, path, **request) as response:
                 content = bytearray()
@@ -133,6 +138,9 @@ class Endpoint:
             raise UnavailableError(f"no complete reply within {timeout:g} s") from None
         except httpx2.HTTPError as error:
             raise UnavailableError(self.line(f"{type(error).__name__}: {error}")) from None
+        finally:
+            silence.cancel()
+        self._replies += 1
         if response.is_success:
             return Reply(bytes(content), response.headers)
         status = response.status_code
@@ -162,6 +170,12 @@ class Endpoint:
         """Pause, at most until the server is excluded."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._exclusion.wait(), seconds)
+
+    def _tell_silence(self, replies: int, timeout: float) -> None:
+        """Say once that a server takes requests and gives no replies."""
+        if self._replies == replies and not self._silence_told:
+            self._silence_told = True
+            log.warning("%s: no reply for %g s; each is waited for up to %g s", self.address, SILENT_SECONDS, timeout)
 
     def line(self, text: str) -> str:
         """Return one short line without the key, which a server may echo."""
