@@ -33,3 +33,9 @@ def test_tokens_inside_a_text_and_its_white_space_stay() -> None:
     assert without_end("a <|im_end|> b \n") == "a <|im_end|> b \n"
     assert without_end("4 \n</s>") == "4 \n"
     assert without_end("</s>") == ""
+
+
+def test_special_tokens_of_a_tokenizer_at_hand_are_no_text_at_the_end() -> None:
+    assert without_end("4<turn_of_x><pad>\n<|im_end|>", ["<pad>", "<turn_of_x>"]) == "4"
+    assert without_end("<pad>4<turn_of_x>", ["<pad>"]) == "<pad>4<turn_of_x>"
+    assert without_end("4<think>", ["<think>", "</think>"]) == "4<think>"  # a thought that was cut off is no answer

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from polar import Comparison, Group, InputError, Message, RewardModel, Template
@@ -178,7 +179,7 @@ def test_a_file_as_target_is_one_line(llama: RewardModel, tmp_path: Path) -> Non
     with pytest.raises(InputError, match=r"rm\.safetensors: is a file; a checkpoint is a directory") as error:
         llama.save(tmp_path / "rm.safetensors")
     assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="could not be written"):
+    with pytest.raises(InputError, match="below: cannot be written: "):
         llama.save(tmp_path / "rm.safetensors" / "below")
     assert (tmp_path / "rm.safetensors").read_text() == "precious"
 
@@ -273,6 +274,19 @@ def test_a_pad_token_outside_the_vocabulary_is_refused(checkpoint: Path, pad: in
     with pytest.raises(InputError, match=r"pad_token_id is -1|Padding_idx must be within") as error:
         RewardModel.load(checkpoint)
     assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(checkpoint: Path) -> None:
+    """A special token that no input has may be missing: Llama 2 gets a pad token like that."""
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    size = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(["[PAD]"])
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    RewardModel.load(checkpoint)
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    with pytest.raises(InputError, match=f"has id {size + 1}, but the model has embeddings for {size} tokens"):
+        RewardModel.load(checkpoint)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -44,7 +44,7 @@ def truth(template: Template) -> Callable[..., Any]:
 
 
 def test_the_response_is_what_follows_the_prompt_without_its_end(reward_func: Any, truth: Any) -> None:
-    outputs = ["It is 4.<|im_end|>\n", "5", "", "<think>hm</think>4<|eot_id|>"]
+    outputs = ["It is 4.<|im_end|>\n", "5<pad>", "", "<think>hm</think>4<|eot_id|>"]
     found = reward_func([PROMPT + output for output in outputs], [PROMPT] * 4, ["It is 4."] * 4)
     assert found["rewards"].tolist() == [truth("It is 4."), truth("5"), truth(""), truth("4")]
     assert found["rewards"].dtype == torch.float32

@@ -146,7 +146,8 @@ def test_sglang(path: str, expected: list[float]) -> None:
 
 def test_openrlhf_sends_prompt_and_response_as_one_text_and_the_reference_as_label() -> None:
     prompt = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
-    request = {"query": [f"{prompt}It is 4.<|im_end|>\n", f"{prompt}5"], "prompts": [prompt] * 2, "labels": ["4", "4"]}
+    query = [f"{prompt}It is 4.<|im_end|>\n", f"{prompt}5<pad>"]  # a special token of this checkpoint's tokenizer
+    request = {"query": query, "prompts": [prompt] * 2, "labels": ["4", "4"]}
     answer = post("/get_reward", request).json()
     model = nano().model
     assert model is not None

@@ -114,7 +114,18 @@ class Template:
         self.tokenizer = tokenizer
         self.settings = settings
         self.compat = compat
+        added = tokenizer.get_added_tokens_decoder().values()
+        self.special_tokens = [token.content for token in added if token.special]
+        """As they are spelt; in a text they are text."""
         self._plain = _without_special_tokens(tokenizer, {settings.split_token_id, settings.score_token_id})
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id that an input can have."""
+        special = {*self.special_tokens}
+        placed = (self.settings.bos_token_id, self.settings.split_token_id, self.settings.score_token_id)
+        vocabulary = self.tokenizer.get_vocab()
+        return max(number for token, number in vocabulary.items() if token not in special or number in placed)
 
     @classmethod
     def load(cls, directory: str | Path, compat: Compat | None = None) -> Template:

@@ -23,6 +23,7 @@ which is far from every reference: the raw chain never reaches the reward, or po
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from polar.core.records import Message, Text
 
@@ -94,14 +95,21 @@ END_TOKENS = (
 """Of common policies. OpenRLHF leaves them in the text and does not say which its policy has; a reference has none."""
 
 
-def without_end(text: str) -> str:
-    """Remove the tokens that ended a response, be they several, and the white space behind them."""
+def without_end(text: str, special_tokens: Sequence[str] = ()) -> str:
+    """Remove the tokens that ended a response, be they several, and the white space behind them.
+
+    Args:
+        text: The response.
+        special_tokens: Those of a tokenizer at hand (`Template.special_tokens`), which is often the policy's own; they
+            are no text either at the end of a response.
+    """
+    tokens = {*END_TOKENS, *special_tokens} - {*THINK}
     kept = len(text)
     while True:
         end = kept
         while end and text[end - 1].isspace():
             end -= 1
-        token = next((token for token in END_TOKENS if text.endswith(token, 0, end)), None)
+        token = next((token for token in tokens if text.endswith(token, 0, end)), None)
         if token is None:
             return text[:kept]
         kept = end - len(token)

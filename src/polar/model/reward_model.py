@@ -26,6 +26,7 @@ from polar.core.checkpoint import (
     with_reference,
 )
 from polar.core.errors import InputError, reason
+from polar.core.files import on_disk
 from polar.core.records import Comparison, Group
 from polar.core.template import Compat, EncodedGroup, Template
 from polar.data import formats
@@ -65,6 +66,11 @@ class RewardModel:
         if not 0 <= pad < vocabulary:
             raise InputError(
                 f"the model's pad_token_id is {pad}; expected a token of its vocabulary, 0 to {vocabulary - 1}"
+            )
+        if (largest := template.largest_id) >= vocabulary:
+            raise InputError(
+                f"the tokenizer has id {largest}, but the model has embeddings for {vocabulary} tokens; resize them, "
+                "or take the tokenizer that the model was trained with"
             )
         if limit is not None and template.settings.max_length > limit:
             raise InputError(
@@ -155,7 +161,7 @@ class RewardModel:
         config.problem_type = "regression"  # engines then answer the raw score instead of its sigmoid
         config.reward_token_id = self.template.settings.score_token_id
         config.split_token_id = self.template.settings.split_token_id
-        try:
+        with on_disk(target):
             found = sorted(path.name for path in target.iterdir()) if target.exists() else []
             if found and CHECKPOINT_FILE not in found:
                 raise InputError(
@@ -177,8 +183,6 @@ class RewardModel:
                 if not is_adapter(written):  # which is not served before it is merged
                     write_probes(written)
                 put_in_place(written, target)
-        except OSError as error:
-            raise InputError(f"{target}: the checkpoint could not be written ({error})") from error
 
     def score(
         self,

@@ -44,8 +44,10 @@ def reward_func(
 
     if labels is None:
         raise InputError("OpenRLHF: expected labels, found none: name the column of the references in --data.label_key")
-    samples = [_sample(number, *row) for number, row in enumerate(zip(queries, prompts, labels, strict=True))]
-    scored = reward_for({}).score_all(samples)
+    reward = reward_for({})
+    special = reward.template.special_tokens
+    samples = [_sample(number, *row, special) for number, row in enumerate(zip(queries, prompts, labels, strict=True))]
+    scored = reward.score_all(samples)
     rewards = torch.tensor([one.reward for one in scored])
     logs = {
         "failed": torch.tensor([float(one.failed) for one in scored]),
@@ -54,12 +56,12 @@ def reward_func(
     return {"rewards": rewards, "scores": rewards, "extra_logs": logs}
 
 
-def _sample(number: int, query: str, prompt: str, label: Any) -> Sample:
+def _sample(number: int, query: str, prompt: str, label: Any, special_tokens: Sequence[str]) -> Sample:
     if not query.startswith(prompt):
         raise InputError(f"OpenRLHF:{number}: expected a query that begins with its prompt, found {query[:40]!r}")
     return read_sample(
         label_fields(label) or {"prompt": prompt, "references": label},
-        without_end(query.removeprefix(prompt)),
+        without_end(query.removeprefix(prompt), special_tokens),
         prompt="prompt",
         references=("references",),
         source="OpenRLHF",

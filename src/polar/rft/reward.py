@@ -133,6 +133,7 @@ class Reward:
                 compat=settings.compat,
                 limits=Limits(settings.concurrency, timeout=settings.timeout, deadline=settings.deadline),
             )
+            self.template = self._client.template
             self._in_scale = scaling(settings.scale, read_calibration(directory))
 
     async def score(self, sample: Sample) -> Scored:

@@ -15,7 +15,7 @@ import asyncio
 import struct
 import time
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from uuid import uuid4
 
 from fastapi import APIRouter
@@ -155,13 +155,14 @@ async def _openrlhf(service: Service, request: GetRewardRequest) -> Response:
     """Prompt and response come as one text. A trainer with several servers sends no samples to some: an empty list."""
     if not request.query:
         return JSONResponse({"rewards": [], "scores": [], "extra_logs": {}})
-    groups = [
-        Group(prompt, label, (_response(query, prompt, number),))
-        for number, (query, prompt, label) in enumerate(
-            zip(request.query, request.prompts, request.labels, strict=True)
-        )
-    ]
-    async with service.admit(len(groups)) as checkpoint:
+    async with service.admit(len(request.query)) as checkpoint:
+        special = checkpoint.template.special_tokens
+        groups = [
+            Group(prompt, label, (_response(query, prompt, special, number),))
+            for number, (query, prompt, label) in enumerate(
+                zip(request.query, request.prompts, request.labels, strict=True)
+            )
+        ]
         encoded = await asyncio.to_thread(lambda: [checkpoint.template.encode_group(group) for group in groups])
         rewards = await service.rewards(checkpoint, encoded, lambda number: f"query[{number}]")
     values = [reward for (reward,) in rewards]
@@ -169,8 +170,8 @@ async def _openrlhf(service: Service, request: GetRewardRequest) -> Response:
     return checkpoint.answer({"rewards": values, "scores": values, "extra_logs": {"truncated": truncated}})
 
 
-def _response(query: str, prompt: str, number: int) -> str:
-    """The response within prompt + response, without the token that ended it."""
+def _response(query: str, prompt: str, special_tokens: Sequence[str], number: int) -> str:
+    """The response within prompt + response, without the tokens that ended it."""
     if not query.startswith(prompt):
         raise RefusalError(422, f"query[{number}]: expected it to begin with prompts[{number}]", f"query[{number}]")
-    return without_end(query.removeprefix(prompt))
+    return without_end(query.removeprefix(prompt), special_tokens)
