@@ -14,8 +14,8 @@ from polar.core.version import __version__
 if TYPE_CHECKING:
     from polar.client.client import AsyncRewardModelClient
     from polar.client.sync import RewardModelClient
-    from polar.core.errors import RewardError
     from polar.model.reward_model import RewardModel
+    from polar.training.api import finetune, pretrain
 
 __all__ = [
     "BUNDLED_MODEL",
@@ -34,14 +34,18 @@ __all__ = [
     "Trajectory",
     "Triple",
     "__version__",
+    "finetune",
+    "pretrain",
 ]
 
 _LAZY = {
     "AsyncRewardModelClient": "polar.client.client",
     "RewardModel": "polar.model.reward_model",
     "RewardModelClient": "polar.client.sync",
+    "finetune": "polar.training.api",
+    "pretrain": "polar.training.api",
 }
-"""Imported when they are first asked for: records, template and clients need no torch."""
+"""Modules that are imported at the first use of a name: records, template and clients need no torch."""
 
 
 def __getattr__(name: str) -> Any:

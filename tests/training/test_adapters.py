@@ -20,7 +20,7 @@ from polar.training import run
 from polar.training.batches import Collator, examples_from_preferences
 from polar.training.checkpoints import newest_complete
 from polar.training.config import FinetuneConfig, LoraSettings, PretrainConfig
-from polar.training.lora import add_adapters
+from polar.training.init_model import add_adapters
 from polar.training.run import finetune, pretrain
 from polar.training.trainer import Discriminator, RewardTrainer
 

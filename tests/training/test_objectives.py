@@ -18,10 +18,9 @@ from polar.core.records import Message
 from polar.model.internlm2 import convert
 from polar.training.batches import Collator, examples_from_preferences, examples_from_triples
 from polar.training.config import FinetuneConfig, PretrainConfig
-from polar.training.finite import FiniteLosses
 from polar.training.objectives import Objective
 from polar.training.run import finetune
-from polar.training.trainer import Discriminator
+from polar.training.trainer import Discriminator, FiniteLosses
 
 GOLDEN_DIRECTORY = Path(__file__).parents[1] / "fixtures" / "golden"
 GOLDEN = json.loads((GOLDEN_DIRECTORY / "training.json").read_text("utf-8"))

@@ -2,32 +2,34 @@
 
 A path is a file (JSONL, NDJSON, a JSON array, each also as .gz or .zst; Parquet), "-" for JSONL on standard input, a
 directory or a glob of such files (in sorted order), a directory written by `datasets.save_to_disk`, or
-"hf:NAME[:CONFIG]:SPLIT" for a data set of the Hugging Face hub.
+"hf:NAME[:CONFIG]:SPLIT" for a data set of the Hugging Face hub. In place of a path, readers take rows in memory:
+dictionaries, records, a data set that is loaded.
 
 Every reader is a generator, so errors appear while iterating. A bad row raises `InputError`, or with
 `on_bad_row="skip"` is counted in the `ReadReport` that the caller passes; a fault of the file itself (missing,
-truncated, not Parquet) always raises. What the rows may look like is told in `polar.data.formats`.
+truncated, not Parquet) always raises. The formats of rows are in `polar.data.formats`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from polar.core.errors import InputError
 from polar.core.records import Comparison, Group, Preference, Text, Trajectory, Triple, is_blank
 from polar.data import formats
 from polar.data.fields import Row
-from polar.data.sources import sources
+from polar.data.sources import IN_MEMORY, in_memory, sources
 
 __all__ = [
     "OnBadRow",
     "ReadReport",
     "Row",
+    "Rows",
     "convert_rows",
     "read_comparisons",
     "read_groups",
@@ -41,6 +43,8 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 OnBadRow = Literal["error", "skip"]
+Rows = str | Path | Iterable[Mapping[str, Any] | Triple | Preference | Trajectory | Comparison | Group]
+"""A path (see the module), or rows in memory."""
 Noun = TypeVar("Noun")
 
 SHOWN = 5
@@ -49,7 +53,7 @@ SHOWN = 5
 
 @dataclass(slots=True)
 class ReadReport:
-    """What a reader did so far; pass one in and look at it at any time."""
+    """Counts of a reader so far; pass one in and look at it at any time."""
 
     read: int = 0
     """Rows that became records."""
@@ -86,49 +90,47 @@ class ReadReport:
 
 
 def read_comparisons(
-    path: str | Path,
+    path: Rows,
     *,
     reference_column: str | None = None,
     on_bad_row: OnBadRow = "error",
     report: ReadReport | None = None,
 ) -> Iterator[Comparison]:
-    """Outputs to score, one per row (`formats.comparison`)."""
+    """Yield outputs to score, one per row (`formats.comparison`)."""
     return _read(path, lambda row: formats.comparison(row, reference_column), on_bad_row, report)
 
 
 def read_groups(
-    path: str | Path,
+    path: Rows,
     *,
     reference_column: str | None = None,
     on_bad_row: OnBadRow = "error",
     report: ReadReport | None = None,
 ) -> Iterator[Group]:
-    """Candidates that share prompt and reference, one group per row (`formats.group`)."""
+    """Yield candidates that share prompt and reference, one group per row (`formats.group`)."""
     return _read(path, lambda row: formats.group(row, reference_column), on_bad_row, report)
 
 
 def read_groups_by_reference(
-    path: str | Path, *, on_bad_row: OnBadRow = "error", report: ReadReport | None = None
+    path: Rows, *, on_bad_row: OnBadRow = "error", report: ReadReport | None = None
 ) -> Iterator[tuple[Group, ...]]:
-    """Candidates with one reference or several: for each row a group per reference (`formats.groups`)."""
+    """Yield candidates with one reference or several: for each row a group per reference (`formats.groups`)."""
     return _read(path, formats.groups, on_bad_row, report)
 
 
-def read_triples(
-    path: str | Path, *, on_bad_row: OnBadRow = "error", report: ReadReport | None = None
-) -> Iterator[Triple]:
-    """Pre-training examples, one per row (`formats.triple`)."""
+def read_triples(path: Rows, *, on_bad_row: OnBadRow = "error", report: ReadReport | None = None) -> Iterator[Triple]:
+    """Yield pre-training examples, one per row (`formats.triple`)."""
     return _read(path, formats.triple, on_bad_row, report)
 
 
 def read_preferences(
-    path: str | Path,
+    path: Rows,
     *,
     reference_column: str | None = None,
     on_bad_row: OnBadRow = "error",
     report: ReadReport | None = None,
 ) -> Iterator[Preference]:
-    """Preferences in any of the known formats, one or more per row (`formats.preference`).
+    """Yield preferences in any of the known formats, one or more per row (`formats.preference`).
 
     Args:
         path: Where the rows are.
@@ -144,14 +146,14 @@ def read_preferences(
 
 
 def read_trajectories(
-    path: str | Path, *, on_bad_row: OnBadRow = "error", report: ReadReport | None = None
+    path: Rows, *, on_bad_row: OnBadRow = "error", report: ReadReport | None = None
 ) -> Iterator[Trajectory]:
-    """Sampled outputs of policies, one per row (`formats.trajectory`)."""
+    """Yield sampled outputs of policies, one per row (`formats.trajectory`)."""
     return _read(path, formats.trajectory, on_bad_row, report)
 
 
 def _read(
-    path: str | Path,
+    path: Rows,
     convert: Callable[[Row], tuple[str, list[Noun]]],
     on_bad_row: OnBadRow,
     report: ReadReport | None,
@@ -179,15 +181,15 @@ def _read(
             [answer for one in preferences for answer in one.ranked[:-1]],
         )
         yield from records
-    report.tell_doubts(path)
+    report.tell_doubts(_name(path))
     if not known:
         raise InputError(
-            f"{path}: expected rows to use, found none: all were skipped; the first: {report.first_reasons[0]}"
+            f"{_name(path)}: expected rows to use, found none: all were skipped; the first: {report.first_reasons[0]}"
         )
 
 
-def rows(path: str | Path, *, on_bad_row: OnBadRow = "error", report: ReadReport | None = None) -> Iterator[Row]:
-    """The rows of a file, of several files or of a data set, as dictionaries with their place.
+def rows(path: Rows, *, on_bad_row: OnBadRow = "error", report: ReadReport | None = None) -> Iterator[Row]:
+    """Yield the rows of a file, of several files or of a data set, as dictionaries with their place.
 
     Args:
         path: Where the rows are (see the module).
@@ -199,7 +201,8 @@ def rows(path: str | Path, *, on_bad_row: OnBadRow = "error", report: ReadReport
     """
     report = ReadReport() if report is None else report
     nothing = True
-    for name, source in sources(str(path)):
+    found = sources(str(path)) if isinstance(path, str | Path) else [(IN_MEMORY, in_memory(path))]
+    for name, source in found:
         empty = True
         for item in source:
             empty = nothing = False
@@ -212,17 +215,21 @@ def rows(path: str | Path, *, on_bad_row: OnBadRow = "error", report: ReadReport
         if empty:
             log.warning("%s: no rows", name)
     if nothing:
-        raise InputError(f"{path}: expected at least one row, found none")
+        raise InputError(f"{_name(path)}: expected at least one row, found none")
+
+
+def _name(path: Rows) -> str | Path:
+    return path if isinstance(path, str | Path) else IN_MEMORY
 
 
 def convert_rows(
-    path: str | Path,
+    path: Rows,
     convert: Callable[[Row], Noun],
     *,
     on_bad_row: OnBadRow = "error",
     report: ReadReport | None = None,
 ) -> Iterator[Noun]:
-    """What a function makes of every row; for rows that no reader of records above knows.
+    """Yield the results of a function of every row; for rows that no reader of records above knows.
 
     Args:
         path: Where the rows are.

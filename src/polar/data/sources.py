@@ -11,7 +11,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from polar.core.errors import InputError
+from polar.core.records import Comparison, Group, Preference, Trajectory, Triple
 from polar.data.fields import Row, describe
+from polar.data.writers import record_to_dict
 
 LINES, ARRAY, PARQUET = (".jsonl", ".ndjson"), ".json", ".parquet"
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
@@ -28,14 +30,27 @@ BOM = b"\xef\xbb\xbf"
 
 PARQUET_BATCH = 64
 """Rows that are decoded at a time; few, because one row may hold megabytes."""
+IN_MEMORY = "row"
+"""Name of rows in memory, for messages."""
 CHUNK = 1 << 20
 """Characters of a JSON array that are read at a time."""
 
 Source = Iterator[Row | InputError]
 
 
+def in_memory(items: Iterable[object]) -> Source:
+    """Yield the rows of dictionaries and records; numbers count from 1."""
+    for number, item in enumerate(items, 1):
+        if isinstance(item, Mapping):
+            yield Row(IN_MEMORY, number, dict(item))
+        elif isinstance(item, Triple | Preference | Trajectory | Comparison | Group):
+            yield Row(IN_MEMORY, number, record_to_dict(item))
+        else:
+            yield InputError(f"{IN_MEMORY}:{number}: expected a dictionary or a record, found {describe(item)}")
+
+
 def sources(path: str) -> Iterator[tuple[str, Source]]:
-    """The sources that a path stands for, with their names; none is opened before it is iterated.
+    """Yield the sources of a path, with their names; none is opened before it is iterated.
 
     Raises:
         InputError: If the path names no file, or only files of unknown kinds.

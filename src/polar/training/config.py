@@ -1,14 +1,16 @@
-"""Options of a training run. The resolved values are saved as `config.yaml` beside the result."""
+"""Options of a training run and the learning rate over its steps; `config.yaml` beside the result holds the options."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import yaml
 from cyclopts import Parameter
+from pydantic import ConfigDict
 
 from polar.core.errors import InputError
 from polar.core.files import write_text
@@ -23,6 +25,8 @@ Tracker = Literal["tensorboard", "wandb", "trackio"]
 @dataclass(frozen=True, slots=True)
 class ScratchConfig:
     """Size of a network from scratch (Llama architecture) and of its tokenizer (byte-level BPE)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     vocab_size: int = 8192
     """Tokens, the 256 bytes and 4 special tokens included."""
@@ -43,19 +47,21 @@ class ScratchConfig:
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 
 COSINE_END = 0.1
-"""What the cosine falls to, as in the original configurations of POLAR."""
+"""Share of the peak at the end of the cosine, as in the original configurations of POLAR."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSettings:
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on a frozen model; its score head is trained in full."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     rank: int = 16
     """Rank of the adapters."""
     alpha: float = 32.0
-    """What an adapter computes is multiplied by alpha / rank."""
+    """The output of an adapter is multiplied by alpha / rank."""
     dropout: float = 0.0
-    """Dropout of what goes into an adapter."""
+    """Dropout on the input of an adapter."""
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
     """Names of the layers that get an adapter, for example q_proj and v_proj; all-linear is every linear layer."""
     load_in_4bit: bool = False
@@ -76,6 +82,8 @@ class LoraSettings:
 @dataclass(kw_only=True)
 class TrainConfig:
     """Options that pre-training and fine-tuning share."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     data: list[str]
     """Training files: triples (pretrain) or preferences (finetune), as JSONL or Parquet."""
@@ -142,7 +150,7 @@ class TrainConfig:
     """Go on from the newest whole checkpoint of this output directory, if there is one; --no-resume removes what an
     unfinished run left there and begins again."""
     report_to: list[Tracker] = field(default_factory=list)
-    """Trackers of the figures during training; each is a package of its own name."""
+    """Experiment trackers of Hugging Face Trainer; each is a package of its own name."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a row that cannot be read; skipped rows are counted and reported."""
 
@@ -163,17 +171,15 @@ class TrainConfig:
                 raise InputError(f"{name} must be at least 1, found {value}")
         if self.learning_rate <= 0:
             raise InputError(f"learning_rate must be above 0, found {self.learning_rate}")
-        if self.report_to:
-            from polar.training.trackers import check_trackers
-
-            check_trackers(self.report_to)
+        for name in self.report_to:
+            _require_tracker(name)
         self.objective()
 
     def objective(self) -> Objective:
-        """The loss that these options describe.
+        """Return the loss that these options describe.
 
         Raises:
-            InputError: an option has a value that there is not.
+            InputError: an option has an unknown value.
         """
         from polar.training.objectives import Objective
 
@@ -207,6 +213,14 @@ class PretrainConfig(TrainConfig):
 @dataclass(kw_only=True)
 class FinetuneConfig(TrainConfig):
     """Options of fine-tuning: a reward model from preferences with a reference."""
+
+
+def _require_tracker(name: str) -> None:
+    if name not in get_args(Tracker):
+        raise InputError(f"report_to: expected one of {', '.join(get_args(Tracker))}, found {name!r}")
+    found = find_spec(name)
+    if found is None or found.origin is None:  # without an origin it is a directory that happens to have the name
+        raise InputError(f"report_to: {name} is not installed: pip install {name}")
 
 
 def peak_share(step: int, steps: int, *, schedule: Schedule, warmup: float, decay: float) -> float:

@@ -1,10 +1,11 @@
-"""A reward model to start from: a causal language model with a new head, or a small network from scratch."""
+"""Reward models to start from: a language model with a new head, a network from scratch, and adapters (LoRA)."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from polar.core.errors import InputError, reason
 from polar.core.template import Template, TemplateSettings
 from polar.model.reward_model import RewardModel
 from polar.model.weights import load_weights
-from polar.training.config import ScratchConfig
+from polar.training.config import LoraSettings, ScratchConfig
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ PAD, BOS, SPLIT, SCORE = "<pad>", "<s>", "<|reward|>", "<|score|>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer with our four special tokens, trained on texts; it puts `<s>` first by itself."""
+    """Return a byte-level BPE tokenizer with our four special tokens, trained on texts; it puts `<s>` first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -51,7 +52,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def fitting_lengths(
     asked: tuple[int | None, int | None], usual: tuple[int, int], positions: int | None
 ) -> tuple[int, int]:
-    """The longest input and the longest response in tokens: what is asked, else the usual, else what there is room for.
+    """Return the longest input and response in tokens: as asked, else the usual, else as far as there is room.
 
     Args:
         asked: max_length and max_response_length as the user set them.
@@ -80,7 +81,7 @@ def fitting_lengths(
 def from_scratch(
     tokenizer: Tokenizer, config: ScratchConfig, *, max_length: int | None, max_response_length: int | None, seed: int
 ) -> RewardModel:
-    """A small Llama reward model with weights that let attention find equal tokens (`_match_equal_tokens`).
+    """Return a small Llama reward model with weights that let attention find equal tokens (`_match_equal_tokens`).
 
     Its lengths are those of `fitting_lengths`.
     """
@@ -154,7 +155,7 @@ def from_language_model(
     dtype: torch.dtype = torch.float32,
     in_4bit: bool = False,
 ) -> RewardModel:
-    """A reward model on top of a causal language model: its backbone, a head of zeros, two more special tokens.
+    """Return a reward model on a causal language model: its backbone, a head of zeros, two more special tokens.
 
     The head starts at zero as in XTuner 0.2 (`reward.py`); the new tokens' embeddings start at the mean of the others.
     Its lengths are those of `fitting_lengths`.
@@ -189,6 +190,49 @@ def from_language_model(
         *fitting_lengths((max_length, max_response_length), (16384, 4096), positions),
     )
     return RewardModel(model, tokenizer, Template(fast, settings))
+
+
+def add_adapters(start: RewardModel, settings: LoraSettings, base: str, new_tokens: Sequence[int] = ()) -> None:
+    """Freeze a model and give it adapters; trained weights are float32, whatever the type of the frozen ones.
+
+    Args:
+        start: The model; it is changed, and `RewardModel.save` then saves only the trained weights.
+        settings: Size and place of the adapters.
+        base: Directory or hub name of the frozen weights, which loading the adapter needs too.
+        new_tokens: Tokens unknown to the base: their embeddings are trained and saved in full.
+
+    Raises:
+        InputError: the model has no such layers.
+    """
+    from peft import LoraConfig
+
+    model = start.model
+    layers = [f".{name}" for name, _ in model.named_modules()]
+    everywhere = "all-linear" in settings.targets
+    for target in () if everywhere else settings.targets:
+        if not any(layer.endswith(f".{target}") for layer in layers):
+            raise InputError(f"lora.targets: {base} has no layer {target}; name layers like q_proj, or take all-linear")
+    config = LoraConfig(
+        task_type="SEQ_CLS",
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # any number
+        lora_dropout=settings.dropout,
+        target_modules="all-linear" if everywhere else settings.targets,
+        modules_to_save=["score"],
+        trainable_token_indices=list(new_tokens) or None,
+    )
+    try:
+        model.add_adapter(config)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"lora.targets {', '.join(settings.targets)}: {reason(error)}") from error
+    config.base_model_name_or_path = base
+    config.target_modules = sorted(config.target_modules or ())  # a set: its order would differ from run to run
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    start.provenance = {**start.provenance, "lora": asdict(settings)}
+    trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
+    log.info("training %s of %s weights (%.2f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
 
 
 def _token_id(tokenizer: Tokenizer, token: str) -> int:

@@ -34,7 +34,15 @@ from polar.training.batches import (
     require_all_fit,
     require_several_policies,
 )
-from polar.training.checkpoints import Layout, MarkComplete, StopOnSignal, begin_run
+from polar.training.checkpoints import (
+    Layout,
+    MarkComplete,
+    Reading,
+    StopOnSignal,
+    base_facts,
+    begin_run,
+    provenance_of,
+)
 from polar.training.config import FinetuneConfig, PretrainConfig, TrainConfig, peak_share
 from polar.training.distributed import (
     fail_together,
@@ -45,11 +53,14 @@ from polar.training.distributed import (
     sharding,
 )
 from polar.training.example_store import ExampleStore, fingerprint_of, open_examples, write_examples
-from polar.training.init_model import fitting_lengths, from_language_model, from_scratch, train_tokenizer
-from polar.training.lora import add_adapters
-from polar.training.origin import Reading, base_facts, provenance_of
+from polar.training.init_model import (
+    add_adapters,
+    fitting_lengths,
+    from_language_model,
+    from_scratch,
+    train_tokenizer,
+)
 from polar.training.stream import BatchStream
-from polar.training.trackers import Trackers
 from polar.training.trainer import Discriminator, RewardTrainer, training_arguments, uses_bf16
 
 log = logging.getLogger(__name__)
@@ -136,7 +147,6 @@ def _train(
     stop = StopOnSignal(config.resume)
     with fail_together():
         stream = _stream(config, training)
-        trackers = Trackers(config.report_to, output, asdict(config))
     trainer = RewardTrainer(
         stream,
         partial(peak_share, schedule=config.schedule, warmup=config.warmup_ratio, decay=config.decay_ratio),
@@ -145,7 +155,7 @@ def _train(
         train_dataset=training,
         eval_dataset=held_out,
         data_collator=Collator(lexical_weight > 0, objective),
-        callbacks=[MarkComplete(layout), stop, trackers],
+        callbacks=[MarkComplete(layout), stop],
     )
     reduce_in_float32(trainer)
     log.info("training on %d groups", len(training))

@@ -1,4 +1,4 @@
-"""How fast a run goes: triples and tokens per second, and which share of the devices' peak the model takes.
+"""Figures of a run: accuracy and margin, triples and tokens per second, share of the devices' peak (MFU).
 
 Model FLOPs utilization (MFU) is what the model has to compute per second, divided by what the devices could (Chowdhery
 et al. 2022, PaLM, arXiv 2204.02311, appendix B). What is computed again to save memory does not count, as in
@@ -10,12 +10,13 @@ Korthikanti et al. 2022 (arXiv 2205.05198). Forward and backward take
   pairs for T tokens. Here only pairs that are seen count: a segment of length l behind a prefix of length p has
   l p + l^2 / 2 of them.
 
-`mfu` is what is really computed. `mfu_separate` is what separate sequences of prefix and candidate would have taken in
-the same time: the figure to compare with tools that do not share prefixes.
+`mfu` counts the operations that are computed. `mfu_separate` counts those of separate sequences of prefix and candidate
+in the same time: the figure to compare with tools that do not share prefixes.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -24,9 +25,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from polar.model.tree import TreeBatch
 from polar.training.plan import DEVICES
+
+log = logging.getLogger(__name__)
 
 GPU_NAME = re.compile(
     r"(?:NVIDIA )?(?:GeForce )?(?P<chip>A100|A800|H100|H800|H200|H20|L40S|RTX 4090)"
@@ -45,7 +49,7 @@ class Cost:
     """For a token and one that it sees, in all layers."""
 
     def of(self, table_11S4: Tensor) -> tuple[float, float]:
-        """Operations for a row of trees (`polar.model.attention`), and for its candidates as separate sequences."""
+        """Return the operations for a row of trees (`polar.model.attention`) and for its candidates as sequences."""
         first_S, last_S, start_S, end_S = table_11S4[0, 0].double().unbind(1)
         prefix_S, length_S = last_S - first_S, end_S - start_S
         tree = self._sum(length_S, prefix_S * length_S + length_S**2 / 2)
@@ -60,7 +64,7 @@ class Cost:
 
 
 def cost_of(model: Any) -> Cost:
-    """What training a transformers model takes."""
+    """Return the cost of training a transformers model."""
     config = model.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     weights = model.num_parameters(exclude_embeddings=True)
@@ -69,7 +73,7 @@ def cost_of(model: Any) -> Cost:
 
 
 def peak_of(name: str) -> float | None:
-    """Dense bfloat16 operations per second of a GPU by the name that PyTorch gives it; None if they are not known."""
+    """Return the dense bfloat16 operations per second of a GPU by its name in PyTorch, or None if they are unknown."""
     found = GPU_NAME.fullmatch(name)
     if found is None or (found["chip"].startswith("H") and "PCI" in found["board"].upper()):
         return None  # H100 and H800 cards for PCIe are slower than the modules of that name
@@ -77,7 +81,7 @@ def peak_of(name: str) -> float | None:
 
 
 class Meter:
-    """Sums of one process over the steps since the last reading; nothing waits for the device before that."""
+    """Sums of one process over the steps since the last reading; nothing synchronises with the device before that."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self.cost = cost_of(model)
@@ -88,12 +92,12 @@ class Meter:
         self._reset()
 
     def start(self) -> None:
-        """Let the clock run, if it does not."""
+        """Start the clock unless it runs."""
         if self._started is None:
             self._started = time.perf_counter()
 
     def pause(self) -> None:
-        """Stop the clock until the next start: what comes now is not training."""
+        """Stop the clock until the next start, around work that is not training."""
         if self._started is not None:
             self._seconds += time.perf_counter() - self._started
             self._started = None
@@ -108,11 +112,11 @@ class Meter:
         self._separate += separate
 
     def read(self, add_up: Callable[[Tensor], Tensor], processes: int) -> dict[str, float]:
-        """The figures since the last reading, over all processes; the clock stops.
+        """Return the figures since the last reading, over all processes, and stop the clock.
 
         Args:
-            add_up: Gives every process the sum of a tensor over all of them.
-            processes: How many there are, with a device each.
+            add_up: Returns the sum of a tensor over all processes, to each of them.
+            processes: Their number; each has one device.
 
         Returns:
             Accuracy (ties count one half) and mean margin of the pairs, comparisons and tokens per second, and on
@@ -141,3 +145,38 @@ class Meter:
         self._margins: list[Tensor] = []
         self._seconds = self._operations = self._separate = 0.0
         self._triples = self._tokens = 0
+
+
+class LogLines(TrainerCallback):
+    """Log lines with the figures of a run, from its main process, where Trainer shows no bar."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Log the figures of the steps since the last line, or of an evaluation."""
+        if not state.is_world_process_zero or not args.disable_tqdm or logs is None:
+            return
+        place = f"step {state.global_step:,} of {state.max_steps:,}"
+        if "eval_loss" in logs:
+            results = ", ".join(f"{name} {logs[f'eval_{name}']:.4f}" for name in ("loss", "accuracy", "margin"))
+            log.info("%s, held-out data: %s", place, results)
+        elif "loss" in logs:
+            log.info("%s: %s", place, _line(logs))
+
+
+def _line(logs: dict[str, float]) -> str:
+    parts = [
+        f"loss {logs['loss']:.4f}",
+        f"accuracy {logs['accuracy']:.3f}",
+        f"lr {logs['learning_rate']:.2e}",
+        f"{logs['triples_per_second']:,.1f} triples/s",
+        f"{logs['tokens_per_second']:,} tokens/s",
+    ]
+    if "mfu" in logs:
+        parts.append(f"MFU {logs['mfu']:.1%} ({logs['mfu_separate']:.1%} as separate sequences)")
+    return ", ".join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,20 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainingArguments
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import is_in_notebook
 
 from polar.core.errors import InputError
 from polar.core.files import refusal
 from polar.model.tree import TreeBatch, hidden_states, rewards
 from polar.training.batches import Example
 from polar.training.config import TrainConfig
-from polar.training.distributed import alone
-from polar.training.finite import FiniteLosses
+from polar.training.distributed import alone, fail_together
 from polar.training.objectives import LexicalAuxiliaryLoss, Objective
-from polar.training.progress import Progress
-from polar.training.speed import Meter
+from polar.training.speed import LogLines, Meter
 from polar.training.stream import BatchStream, held_out_batches
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -36,26 +36,25 @@ class RewardTrainer(Trainer):
     """Trainer on a stream of batches, with accuracy and speed in the logs, and evaluation by pairs."""
 
     def __init__(self, stream: BatchStream, share: Callable[[int, int], float] | None = None, **kwargs: Any) -> None:
-        """Keyword arguments go to `Trainer`.
+        """Prepare a run.
 
         Args:
             stream: The micro-batches of the run.
             share: Share of the peak learning rate in a step, given the step and the number of steps
-                (`polar.training.config.peak_share`); default: what `args` say.
-            kwargs: What `Trainer` takes.
+                (`polar.training.config.peak_share`); default: that of `args`.
+            kwargs: Arguments of `Trainer`.
         """
         super().__init__(**kwargs)
         self.stream = stream
         self._share = share
         self._meter = Meter(self.model.model, self.args.device)  # type: ignore[union-attr]
-        self._progress, self._finite = Progress(), FiniteLosses(self.model)  # type: ignore[arg-type]
-        for theirs in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
-            self.remove_callback(theirs)
-        self.add_callback(self._progress)
+        self._finite = FiniteLosses(self.model)  # type: ignore[arg-type]
+        self.remove_callback(PrinterCallback)  # its lines are those of `LogLines` without units
+        self.add_callback(LogLines())
         self.add_callback(self._finite)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own; the terminal is left as it was found, however it ends.
+        """Train as Trainer does.
 
         Raises:
             InputError: the disk is full, so that a checkpoint is not whole.
@@ -69,15 +68,13 @@ class RewardTrainer(Trainer):
                 f"{self.args.output_dir}: the checkpoint of step {self.state.global_step} cannot be written: "
                 f"{refused}; make room, and the same command goes on from the newest whole one"
             ) from error
-        finally:
-            self._progress.close()
 
     def get_train_dataloader(self) -> DataLoader[Example]:
-        """The whole run as one epoch, so that a position in it is one number (`polar.training.stream`)."""
+        """Return the whole run as one epoch, so that a position in it is one number (`polar.training.stream`)."""
         return self._loader(self.train_dataset, self.stream)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The learning rate over the steps."""
+        """Return the learning rate over the steps."""
         if self._share is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         share = self._share
@@ -98,7 +95,7 @@ class RewardTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The discriminator's own loss; what the next log line tells about it is counted."""
+        """Return the discriminator's own loss, and count the figures of the next log line."""
         self._meter.start()
         with alone():
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -115,7 +112,7 @@ class RewardTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Bradley-Terry loss (under every objective), accuracy (ties one half) and mean margin of held-out pairs.
+        """Return Bradley-Terry loss (under every objective), accuracy (ties one half) and mean margin of the pairs.
 
         Raises:
             InputError: a margin is not finite, on whichever process.
@@ -154,6 +151,47 @@ class RewardTrainer(Trainer):
         return metrics
 
 
+class FiniteLosses(TrainerCallback):
+    """Ends a run at a loss that is not finite, with the names of its records, before it can reach the weights.
+
+    The losses of all micro-batches are looked at once per optimizer step: before that nothing synchronises with the
+    device, and there all processes come, and stop, together.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._losses: list[Tensor] = []
+        self._names: list[Sequence[str]] = []
+
+    def add(self, loss: Tensor, names: Sequence[str]) -> None:
+        """Keep the loss of a micro-batch and the names of its examples."""
+        self._losses.append(loss.detach())
+        self._names.append(names)
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Look at the losses of the step.
+
+        Raises:
+            InputError: a loss is not finite, on whichever process.
+        """
+        losses, names = torch.stack(self._losses), self._names
+        self._losses, self._names = [], []
+        with fail_together():
+            for number in torch.nonzero(~torch.isfinite(losses)).flatten().tolist()[:1]:
+                raise self._not_finite(losses[number].item(), names[number])
+
+    def _not_finite(self, loss: float, names: Sequence[str]) -> InputError:
+        # Of a sharded model this process looks at its own part: the other processes do not come here.
+        own = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in self._model.parameters())
+        broken = not all(bool(torch.isfinite(weight).all()) for weight in own)
+        cause = (
+            "the weights were not finite before it, so an earlier step was too large: use a lower learning_rate"
+            if broken
+            else "the weights are finite: look at these records, or use a lower learning_rate"
+        )
+        return InputError(f"the loss is {loss} in the batch of records {', '.join(names)}; {cause}")
+
+
 class Discriminator(nn.Module):
     """A reward model together with its loss, so that any data-parallel wrapper sees one forward call."""
 
@@ -185,9 +223,9 @@ class Discriminator(nn.Module):
         select_BT: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """This batch's share of the mean loss over all comparisons of the optimizer step, and the margins of its pairs.
+        """Return this batch's share of the mean loss over all comparisons of the step, and the margins of its pairs.
 
-        The names of the examples are not needed: they belong to the batch, for messages (`polar.training.finite`).
+        The names of the examples are not needed: they belong to the batch, for messages (`FiniteLosses`).
         """
         output = hidden_states(self.model, batch, output_hidden_states=self.probes is not None)
         rewards_N = rewards(self.model, batch, output.last_hidden_state)
@@ -201,7 +239,7 @@ class Discriminator(nn.Module):
 
 
 def _saved(module: nn.Module) -> set[str]:
-    """Names of what a checkpoint of the run holds: frozen weights are those of the base model, on disk already."""
+    """Names in a checkpoint of the run: frozen weights are those of the base model, on disk already."""
     trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
     return trained | {name for name, _ in module.named_buffers()}
 
@@ -238,7 +276,10 @@ def training_arguments(config: TrainConfig, run: Path, evaluate: bool) -> Traini
         save_total_limit=2,
         eval_strategy="steps" if evaluate else "no",
         eval_steps=config.eval_steps if evaluate else None,
-        report_to="none",  # trackers are told our own settings (`polar.training.trackers`)
+        report_to=config.report_to or "none",  # type: ignore[arg-type]  # a list, too
+        run_name=Path(config.output).name,
+        project="polar",
+        disable_tqdm=not (sys.stderr.isatty() or is_in_notebook()),  # then there are log lines (`LogLines`)
         remove_unused_columns=False,
         label_names=[],
         dataloader_num_workers=0,
