@@ -23,8 +23,8 @@ from polar.corpus.clean import (
 )
 from polar.corpus.overlap import NearDuplicates
 from polar.data.fields import Row
-from polar.data.formats import trajectory
 from polar.data.readers import ReadReport
+from polar.data.record_rows import trajectory
 
 LETTERS = st.text("abc de.\n中文，。", max_size=40)
 

@@ -238,7 +238,7 @@ def test_ties_are_skipped_and_counted_even_under_error(tmp_path, caplog):
     win = {**tie, "winner_tie": 0, "winner_model_a": 1}
     data, report = save(tmp_path / "a.jsonl", tie, win, same), ReadReport()
     assert len(list(read_preferences(data, reference_column="gold", report=report))) == 1
-    reasons = [f"{data}:1: a tie prefers no answer", f"{data}:3: a tie, all completions have the same score"]
+    reasons = [f"{data}:{number}: a tie: all answers have the same quality" for number in (1, 3)]
     assert report == ReadReport(1, 2, "arena pairs", reasons)
     assert all(reason in caplog.text for reason in reasons)
     save(data, tie)
@@ -338,7 +338,11 @@ MISTAKES = [
     (read_preferences, {**PAIR, "rejected": None}, f'field "rejected": {TEXT}, found null'),
     (read_preferences, {**PAIR, "reference": None}, f'field "reference": {TEXT}, found null'),
     (read_preferences, {**GRADED, "ranked": ["a"]}, 'field "ranked": expected a list of texts, 2 or more, found 1'),
-    (read_preferences, {"instruction": "i"}, "expected a preference (chosen and rejected, ranked, response_a and"),
+    (
+        read_preferences,
+        {"instruction": "i"},
+        'expected a field "prompt", or a preference (chosen and rejected, ranked, response_a and',
+    ),
     (
         read_preferences,
         {"chosen": "a", "rejected": "b", "reference": "r"},
@@ -360,7 +364,8 @@ MISTAKES = [
         {"chosen": f"{HH}\n\nAssistant: a", "rejected": HH},
         f'"chosen": {TURNS}, found Human, Assistant, A',
     ),
-    (read_preferences, {"chosen": HH}, 'field "rejected": expected a string, found no such field'),
+    (read_preferences, {"chosen": HH}, "expected two answers or more"),
+    (read_preferences, {**COMPARISON}, "expected two answers or more"),
     (
         read_preferences,
         DUEL,

@@ -13,7 +13,7 @@ import torch
 
 import polar.rft.openrlhf
 from polar import Comparison, InputError, Message, RewardError, Template
-from polar.data.formats import label_of
+from polar.data.record_rows import label_of
 from tests.client.fakes import Fake, reward
 from tests.client.test_faults import free_port
 

@@ -17,7 +17,7 @@ import torch
 import polar.rft.openrlhf
 from polar import Comparison, Message, RewardModel
 from polar.core.checkpoint import BUNDLED
-from polar.data.formats import label_of
+from polar.data.record_rows import label_of
 from tests.serving.serving import Process, serving
 
 pytestmark = pytest.mark.slow

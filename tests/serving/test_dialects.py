@@ -14,7 +14,7 @@ import pytest
 
 from polar import Comparison, RewardModel
 from polar.core.template import seed_text
-from polar.data.formats import label_of
+from polar.data.record_rows import label_of
 from polar.model.internlm2 import convert
 from polar.serving.checkpoint import load_checkpoint
 from polar.serving.service import Service

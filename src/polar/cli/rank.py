@@ -212,13 +212,13 @@ def _shared(item: tuple[str, Candidates]) -> tuple[object, ...]:
 
 def _candidates(row: Row, reference_column: str | None) -> tuple[str, Candidates]:
     """The place of a row, its group, and one row for each of its candidates."""
-    from polar.data import formats
+    from polar.data import record_rows
 
     if taken := [name for name in ADDED if name in row.fields]:
         raise row.error(taken[0], "no field of this name, because results have one", "one; rename it")
     if row.has("candidates") and row.has("output"):
         raise row.error("output", "either candidates or output", "both")
-    _, (group,) = formats.group(row, reference_column)
+    _, (group,) = record_rows.group(row, reference_column)
     return row.place, Candidates(group, _rows_of(row))
 
 

@@ -18,8 +18,8 @@ from polar.core.errors import EngineError, InputError, RewardError
 from polar.core.http import NO_SUCH_PATH, RefusedError
 from polar.core.records import Comparison, Group
 from polar.core.template import Compat, EncodedGroup, Template
-from polar.data import formats
-from polar.data.formats import Item
+from polar.data import record_rows
+from polar.data.record_rows import Item
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class AsyncRewardModelClient:
         """Rewards of independent comparisons, in their order.
 
         Args:
-            comparisons: What to score, also as dictionaries or tuples (`formats.Item`); each has its own truncation
+            comparisons: What to score, also as dictionaries or tuples (`record_rows.Item`); each has its own truncation
                 budget.
             progress: Called with the number of inputs that were just finished.
 
@@ -133,7 +133,7 @@ class AsyncRewardModelClient:
             RewardError: some failed; it says which and why, and keeps the others.
             EngineError: a server does not give this checkpoint's rewards.
         """
-        scored = await self.score_groups(formats.groups_of_items(comparisons), progress=progress)
+        scored = await self.score_groups(record_rows.groups_of_items(comparisons), progress=progress)
         return [reward for rewards in scored for reward in rewards]
 
     async def score_groups(

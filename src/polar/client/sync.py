@@ -24,7 +24,7 @@ from polar.core.errors import EngineError, InputError
 from polar.core.http import NO_SUCH_PATH, BrokenError, Endpoint, RefusedError, UnavailableError, parse_json, retrying
 from polar.core.records import Comparison, Group
 from polar.core.template import Compat, EncodedGroup, seed_text
-from polar.data.formats import Item, comparisons
+from polar.data.record_rows import Item, comparisons
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from polar.core.errors import InputError
 from polar.core.records import Message, Text, Trajectory, prompt_id, text_of
 from polar.corpus.overlap import Decontaminator, NearDuplicates
-from polar.data import formats
+from polar.data import record_rows
 from polar.data.fields import Row, optional_string
 from polar.data.readers import OnBadRow, ReadReport, convert_rows
 from polar.data.writers import text_cell
@@ -114,7 +114,7 @@ def read_rows(
 
 
 def _with_trajectory(row: Row) -> tuple[Row, Trajectory]:
-    _, (trajectory,) = formats.trajectory(row)
+    _, (trajectory,) = record_rows.trajectory(row)
     return row, trajectory
 
 

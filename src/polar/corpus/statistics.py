@@ -50,8 +50,8 @@ from polar.corpus.report import (
 )
 from polar.corpus.sorting import temporary_files
 from polar.data.fields import Row, optional_string
-from polar.data.formats import count_of, trajectory
 from polar.data.readers import OnBadRow, ReadReport, convert_rows
+from polar.data.record_rows import count_of, trajectory
 
 EXCERPT, REPEATED, BATCH = 100, 10, 10_000
 """Characters kept of every output, repeated outputs listed, rows written at a time."""

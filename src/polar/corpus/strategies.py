@@ -14,8 +14,8 @@ from polar.core.baselines import length
 from polar.core.errors import InputError
 from polar.core.records import Group
 from polar.data.fields import optional_string, string_at
-from polar.data.formats import count_of
 from polar.data.readers import rows
+from polar.data.record_rows import count_of
 
 Rule = Literal["random", "family", "checkpoint"]
 """random: any other policy (paper 4.1). family: another policy of the same family, which is harder. checkpoint: a

@@ -1,4 +1,4 @@
-"""Prompt and answers are told apart here, once for training, scoring, evaluation and reinforcement fine-tuning.
+"""Prompt and answers of a row, separated by the same rules for training, scoring, evaluation and rft-data.
 
 Some data sets repeat the prompt in every answer, others leave it out:
 
@@ -29,13 +29,17 @@ ASKING, SYSTEM = ("user", "human"), ("system", "developer")
 Dialogue = tuple[Message, ...]
 
 
+class TurnsError(InputError):
+    """The turns of a dialogue are out of order."""
+
+
 def split(row: Row, prompt: Text | None, answers: Mapping[str, Text]) -> tuple[Text, tuple[Text, ...]]:
-    """The prompt of a row and its answers without the prompt, by the table above.
+    """Return the prompt of a row and its answers without the prompt, by the table above.
 
     Args:
-        row: For errors.
-        prompt: None where the row has none; then every answer holds it.
-        answers: By their places in the row; of the reference too.
+        row: Its place, for errors.
+        prompt: None where the row has none; then every answer repeats it.
+        answers: Answers and references by their places in the row.
 
     Raises:
         InputError: the conversations do not begin with this prompt, or with the same; an answer ends with a question.
@@ -69,28 +73,28 @@ def split(row: Row, prompt: Text | None, answers: Mapping[str, Text]) -> tuple[T
 
 
 def transcript(row: Row, field: str) -> Dialogue:
-    """Turns of an HH-RLHF transcript; empty turns are kept.
+    """Return the turns of an HH-RLHF transcript; empty turns are kept.
 
     Raises:
-        InputError: turns do not alternate from Human to Assistant.
+        TurnsError: turns do not alternate from Human to Assistant.
     """
     before, *pieces = HH_TURN.split(string_at(row, field))
     speakers, contents = pieces[::2], pieces[1::2]
     if before or not speakers or speakers != ["Human", "Assistant"] * (len(speakers) // 2):
         found = describe(before) if before else ", ".join(speakers[-4:])
-        raise row.error(field, "turns of Human and Assistant in alternation, Assistant last", found)
+        raise TurnsError(str(row.error(field, "turns of Human and Assistant in alternation, Assistant last", found)))
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = zip(speakers, contents, strict=True)
     return tuple(Message(roles[speaker], content.removeprefix(" ")) for speaker, content in turns)
 
 
 def has_question(text: Text) -> bool:
-    """Whether a text is a conversation with a turn of the user."""
+    """Return whether a text is a conversation with a turn of the user."""
     return not isinstance(text, str) and any(message.role in ASKING for message in text)
 
 
 def _holds_prompt(answer: Text, anywhere: bool) -> bool:
-    """Whether an answer is a conversation from its beginning; beside a prompt, later questions belong to the answer."""
+    """Return whether an answer repeats the prompt; beside a prompt, later questions belong to the answer."""
     if not has_question(answer):
         return False
     _, turns = _apart(answer)

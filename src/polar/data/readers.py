@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 
 from polar.core.errors import InputError
 from polar.core.records import Comparison, Group, Preference, Text, Trajectory, Triple, is_blank
-from polar.data import formats
+from polar.data import formats, record_rows
 from polar.data.fields import Row
 from polar.data.sources import IN_MEMORY, in_memory, sources
 
@@ -96,8 +96,8 @@ def read_comparisons(
     on_bad_row: OnBadRow = "error",
     report: ReadReport | None = None,
 ) -> Iterator[Comparison]:
-    """Yield outputs to score, one per row (`formats.comparison`)."""
-    return _read(path, lambda row: formats.comparison(row, reference_column), on_bad_row, report)
+    """Yield outputs to score, one per row (`record_rows.comparison`)."""
+    return _read(path, lambda row: record_rows.comparison(row, reference_column), on_bad_row, report)
 
 
 def read_groups(
@@ -107,20 +107,20 @@ def read_groups(
     on_bad_row: OnBadRow = "error",
     report: ReadReport | None = None,
 ) -> Iterator[Group]:
-    """Yield candidates that share prompt and reference, one group per row (`formats.group`)."""
-    return _read(path, lambda row: formats.group(row, reference_column), on_bad_row, report)
+    """Yield candidates that share prompt and reference, one group per row (`record_rows.group`)."""
+    return _read(path, lambda row: record_rows.group(row, reference_column), on_bad_row, report)
 
 
 def read_groups_by_reference(
     path: Rows, *, on_bad_row: OnBadRow = "error", report: ReadReport | None = None
 ) -> Iterator[tuple[Group, ...]]:
-    """Yield candidates with one reference or several: for each row a group per reference (`formats.groups`)."""
-    return _read(path, formats.groups, on_bad_row, report)
+    """Yield candidates with one reference or several: for each row a group per reference (`record_rows.groups`)."""
+    return _read(path, record_rows.groups, on_bad_row, report)
 
 
 def read_triples(path: Rows, *, on_bad_row: OnBadRow = "error", report: ReadReport | None = None) -> Iterator[Triple]:
-    """Yield pre-training examples, one per row (`formats.triple`)."""
-    return _read(path, formats.triple, on_bad_row, report)
+    """Yield pre-training examples, one per row (`record_rows.triple`)."""
+    return _read(path, record_rows.triple, on_bad_row, report)
 
 
 def read_preferences(
@@ -148,8 +148,8 @@ def read_preferences(
 def read_trajectories(
     path: Rows, *, on_bad_row: OnBadRow = "error", report: ReadReport | None = None
 ) -> Iterator[Trajectory]:
-    """Yield sampled outputs of policies, one per row (`formats.trajectory`)."""
-    return _read(path, formats.trajectory, on_bad_row, report)
+    """Yield sampled outputs of policies, one per row (`record_rows.trajectory`)."""
+    return _read(path, record_rows.trajectory, on_bad_row, report)
 
 
 def _read(

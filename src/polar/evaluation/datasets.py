@@ -7,23 +7,15 @@ from dataclasses import dataclass, replace
 
 from polar.core.errors import InputError
 from polar.core.records import Group, Text, prompt_id
-from polar.data import formats
+from polar.data import formats, record_rows
 from polar.data.dialogues import split
-from polar.data.fields import Row, as_number, list_at, optional_string, string_at, text_at, texts_at
+from polar.data.fields import Row, json_object, list_at, optional_string, string_at, text_at, texts_at
+from polar.data.formats import Content, is_graded_output, require_order, require_several
 from polar.data.readers import OnBadRow, ReadReport, rows
 from polar.evaluation.records import Item
-from polar.evaluation.row_formats import (
-    Graded,
-    graded,
-    is_output,
-    require_order,
-    require_several,
-    value_at,
-    with_columns,
-)
 from polar.evaluation.suites import Dataset, ReferenceSource
 
-References = Callable[[Row, Graded], tuple[Text, ...]]
+References = Callable[[Row, Content], tuple[Text, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +74,14 @@ def _row_groups(dataset: Dataset, on_bad_row: OnBadRow, report: ReadReport) -> I
     """Yield the rows of one item: one row, or consecutive ones with an output each for the same prompt."""
     waiting: list[Row] = []
     for row in rows(dataset.path, on_bad_row=on_bad_row, report=report):
-        if not all(_matches(value_at(row, place), wanted) for place, wanted in dataset.where.items()):
+        if not all(_matches(_value_at(row, place), wanted) for place, wanted in dataset.where.items()):
             continue
-        row = with_columns(row, dataset.columns)
-        if waiting and not (is_output(row) and row.fields.get("prompt") == waiting[0].fields.get("prompt")):
+        row = _with_columns(row, dataset.columns)
+        if waiting and not (is_graded_output(row) and row.fields.get("prompt") == waiting[0].fields.get("prompt")):
             yield waiting
             waiting = []
         waiting.append(row)
-        if not is_output(row):
+        if not is_graded_output(row):
             yield waiting
             waiting = []
     if waiting:
@@ -102,38 +94,42 @@ def _matches(value: object, wanted: object) -> bool:
 
 def _items(dataset: Dataset, several: list[Row], references: References) -> Iterator[Item]:
     row = several[0]
-    slices = tuple(str(value) for place in dataset.slices if (value := value_at(row, place)) is not None)
+    slices = tuple(str(value) for place in dataset.slices if (value := _value_at(row, place)) is not None)
     if dataset.task == "policy discrimination":
         yield replace(_discrimination(row), slices=(*_strategy(row), *slices))
         return
-    found = graded(row) if len(several) == 1 else [_joined([graded(each)[0] for each in several])]
-    for each in found:
-        require_several(row, each)
-        if dataset.task != "best of N":
-            require_order(row, each)
-        answers = formats.named("answer", each.candidates)
-        prompt, texts = split(row, each.prompt, answers | formats.named("reference", references(row, each)))
-        candidates, (reference, *further) = texts[: len(answers)], texts[len(answers) :]
-        yield Item(
-            task=dataset.task,
-            group=Group(prompt, reference, candidates, each.id, formats.wrapper_of(row)),
-            further_references=tuple(further),
-            quality=each.quality,
-            reference_source=str(dataset.reference),
-            policies=each.policies or (None,) * len(each.candidates),
-            families=(None,) * len(each.candidates),
-            reference_policy=optional_string(row, "reference_policy"),
-            reference_quality=_optional_number(row, "reference_quality"),
-            domain=each.domain,
-            slices=slices,
-        )
+    found = _joined(several)
+    require_several(row, found)
+    if dataset.task != "best of N":
+        require_order(row, found)
+    prompt, texts = split(row, found.prompt, found.answers)
+    found = replace(found, prompt=prompt, answers=dict(zip(found.answers, texts, strict=True)))
+    answers = found.answers
+    prompt, texts = split(row, prompt, answers | formats.named("reference", references(row, found)))
+    candidates, (reference, *further) = texts[: len(answers)], texts[len(answers) :]
+    yield Item(
+        task=dataset.task,
+        group=Group(prompt, reference, candidates, found.id, formats.wrapper_of(row)),
+        further_references=tuple(further),
+        quality=found.quality,
+        reference_source=str(dataset.reference),
+        policies=found.policies or (None,) * len(answers),
+        families=(None,) * len(answers),
+        reference_policy=optional_string(row, "reference_policy"),
+        reference_quality=formats.optional_number(row, "reference_quality"),
+        domain=found.domain,
+        slices=slices,
+    )
 
 
-def _joined(outputs: list[Graded]) -> Graded:
-    first = outputs[0]
+def _joined(rows: list[Row]) -> Content:
+    """Return the content of one row, or of several that have an output each."""
+    outputs = [formats.recognise(row) for row in rows]
+    if len(outputs) == 1:
+        return outputs[0]
     return replace(
-        first,
-        candidates=tuple(each.candidates[0] for each in outputs),
+        outputs[0],
+        answers=formats.named("output", [each.candidates[0] for each in outputs]),
         quality=tuple(each.quality[0] for each in outputs),
         policies=tuple(each.policies[0] if each.policies else None for each in outputs),
     )
@@ -143,7 +139,7 @@ def _discrimination(row: Row) -> Item:
     several = formats.named("references", texts_at(row, "references", at_least=1)) if row.has("references") else {}
     if several:
         row = replace(row, fields={**row.fields, "reference": list_at(row, "references", "a list of texts", 1)[0]})
-    triple = formats.triple(row)[1][0]
+    triple = record_rows.triple(row)[1][0]
     _, references = split(row, triple.prompt, several)
     return Item(
         task="policy discrimination",
@@ -169,10 +165,6 @@ def _strategy(row: Row) -> tuple[str, ...]:
     return (f"negative: {strategy}",) if strategy else ()
 
 
-def _optional_number(row: Row, field: str) -> float | None:
-    return as_number(row, field, row.fields[field]) if row.has(field) else None
-
-
 def _references(source: ReferenceSource) -> References:
     """Return the function that finds the references of an item."""
     if source.absent:
@@ -180,7 +172,7 @@ def _references(source: ReferenceSource) -> References:
     if source.chosen_as_reference:
         return lambda row, item: (item.candidates[max(range(len(item.quality)), key=item.quality.__getitem__)],)
     if source.file is None:
-        if (column := source.column) in formats.ANSWERS:
+        if formats.is_answer(column := source.column):
             raise InputError(
                 f'column "{column}" holds answers that are scored, which gives the answer away: name a column with '
                 "independent references, or ask for chosen_as_reference by its name"
@@ -192,8 +184,8 @@ def _references(source: ReferenceSource) -> References:
         key = str(row.fields.get("id")) if by_id else prompt_id(text_at(row, "prompt"))
         known[key] = _at_column(row, None)
 
-    def look_up(row: Row, item: Graded) -> tuple[Text, ...]:
-        key = str(item.id) if by_id else prompt_id(item.prompt)
+    def look_up(row: Row, item: Content) -> tuple[Text, ...]:
+        key = str(item.id) if by_id else prompt_id(item.prompt or "")
         if key not in known:
             raise InputError(f"{row.place}: expected a reference for its {source.by} in {file}, found none")
         return known[key]
@@ -210,10 +202,32 @@ def _at_column(row: Row, column: str | None) -> tuple[Text, ...]:
             f'{row.place}: expected a reference in column "{column}", found none: POLAR scores against a reference; '
             "name another column, or a file of references"
         )
-    value = row.fields[column]
-    if isinstance(value, list) and value and not isinstance(value[0], dict):
-        return texts_at(row, column, at_least=1)
-    return (text_at(row, column),)
+    return formats.references_at(row, column)
+
+
+def _value_at(row: Row, path: str) -> object:
+    """Return the value at a place such as "meta.models.0" (of objects, of lists, also in JSON text), or None."""
+    value: object = row.fields
+    if path in row.fields:
+        return row.fields[path]
+    for part in path.split("."):
+        value = json_object(value) or value
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
+def _with_columns(row: Row, columns: dict[str, str | list[str]]) -> Row:
+    """Return the row with further fields, or others, taken from other places of it."""
+    taken: dict[str, object] = {
+        field: _value_at(row, place) if isinstance(place, str) else [_value_at(row, each) for each in place]
+        for field, place in columns.items()
+    }
+    return replace(row, fields={**row.fields, **taken})
 
 
 def _read_seen(paths: tuple[str, ...]) -> Seen:

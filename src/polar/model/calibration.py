@@ -23,7 +23,7 @@ from polar.core.checkpoint import BUNDLED, Calibration, save_calibration
 from polar.core.errors import InputError
 from polar.core.files import new_directory, on_disk
 from polar.core.records import Group, Preference
-from polar.data import formats
+from polar.data import formats, record_rows
 from polar.data.fields import Row
 from polar.data.readers import OnBadRow, ReadReport, rows
 
@@ -69,10 +69,10 @@ def read_samples(
 
 def _samples(row: Row, reference_column: str | None) -> list[Sample]:
     if row.has("output") or row.has("candidates"):
-        return [Sample(group, ranked=False) for group in formats.group(row, reference_column)[1]]
+        return [Sample(group, ranked=False) for group in record_rows.group(row, reference_column)[1]]
     ranked: list[Preference]
     if row.has("positive") or row.has("negative"):
-        triples = formats.triple(row)[1]
+        triples = record_rows.triple(row)[1]
         ranked = [Preference(t.prompt, t.reference, (t.positive, t.negative), wrapper=t.wrapper) for t in triples]
     else:
         ranked = formats.preference(row, reference_column)[1]

@@ -29,8 +29,8 @@ from polar.core.errors import InputError, reason
 from polar.core.files import on_disk
 from polar.core.records import Comparison, Group
 from polar.core.template import Compat, EncodedGroup, Template
-from polar.data import formats
-from polar.data.formats import Item
+from polar.data import record_rows
+from polar.data.record_rows import Item
 from polar.model.files import put_in_place
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, so methods do it when they need them
@@ -195,7 +195,7 @@ class RewardModel:
         """Return the rewards of independent comparisons, in their order.
 
         Args:
-            comparisons: What to score, also as dictionaries or tuples (`formats.Item`); each has its own truncation
+            comparisons: What to score, also as dictionaries or tuples (`record_rows.Item`); each has its own truncation
                 budget. A tuple (prompt, reference, [several candidates]) gives as many rewards.
             scale: Of the results; see `polar.core.checkpoint.Scale`.
             batch_tokens: Tokens of one forward pass; at most a shared prefix more. Default: 4096 on a CPU, more falls
@@ -206,7 +206,7 @@ class RewardModel:
             InputError: a text is not valid Unicode, or z-scores are asked of a checkpoint without calibration.
             FloatingPointError: a reward is not finite. A failed reward is never a number.
         """
-        groups = formats.groups_of_items(comparisons)
+        groups = record_rows.groups_of_items(comparisons)
         scored = self.score_groups(groups, scale=scale, batch_tokens=batch_tokens, progress=progress)
         return [value for values in scored for value in values]
 

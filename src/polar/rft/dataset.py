@@ -12,8 +12,8 @@ import pyarrow as pa
 from polar.core.errors import InputError
 from polar.core.records import Message
 from polar.data.fields import Row
-from polar.data.formats import label_of
 from polar.data.readers import ReadReport, rows
+from polar.data.record_rows import label_of
 from polar.data.writers import open_writer
 from polar.rft.prompts import Task, UnusableError, read_task
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from polar.core.errors import InputError
 from polar.core.text import opens_thinking, without_end
-from polar.data.formats import label_fields
+from polar.data.record_rows import label_fields
 from polar.rft.reward import reward_for
 from polar.rft.sample import Sample, read_sample
 

@@ -1,37 +1,28 @@
 r"""From a row of a public data set to a task: a prompt for the policy, and references for the reward.
 
-Rows are recognised one by one, by their fields, in this order:
-
-| fields | format | reference |
-|---|---|---|
-| chosen, a transcript | HH-RLHF | the last answer of the chosen dialogue |
-| conversations, of from and value [, info] | AM-DeepSeek-R1-Distilled, ShareGPT | the last answer |
-| messages, the last one by the assistant | AM-DeepSeek-R1-Distilled, chat data | the last answer |
-| problem, solution [, answer] | MATH, OpenR1-Math | the worked solution |
-| question, answer | GSM8K, questions and answers | the worked solution |
-| prompt, references or reference | our own rows | as they stand |
+Rows are recognised by `polar.data.formats`. The reference is the last answer of a dialogue (of the chosen one in
+HH-RLHF), the worked solution of a problem or question, and in all other formats a column: references, reference, or one
+that is named.
 
 Thinking is taken out of references and of the answers in a prompt (`polar.core.text`), and an answer between
-<answer> and </answer> stands alone. Rows that cannot be used are errors that name a reason of a few words.
+<answer> and </answer> counts alone. Rows that cannot be used are errors that name a reason of a few words.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from polar.core.errors import InputError
 from polar.core.records import Message, Text, text_of
 from polar.core.text import THINK, opens_thinking, strip_thinking
-from polar.data.dialogues import HH_TURN, split, transcript
-from polar.data.fields import Row, as_text, json_object, list_at, optional_string, string_at, text_at
-from polar.data.formats import named
-from polar.rft.sample import references_at
+from polar.data import formats
+from polar.data.dialogues import TurnsError, split
+from polar.data.fields import Row, optional_string
+from polar.data.formats import Content
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 BOXED = "Let's think step by step and output the final answer within \\boxed{}."
-"""What mathematical problems end with, so that a policy answers as the worked solutions do."""
+"""End of mathematical problems, so that a policy answers as the worked solutions do."""
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 FINAL = re.compile(r"\n?####\s*(.+?)\s*$")
 CALCULATOR = re.compile(r"<<.*?>>")
@@ -61,29 +52,33 @@ class UnusableError(InputError):
 
 
 def read_task(row: Row, *, reference_column: str | None = None, with_references: bool = True) -> Task:
-    """The task in a row.
+    """Return the task in a row.
 
     Args:
-        row: A row of one of the formats above.
-        reference_column: For rows with a prompt: the column that holds the reference, or a list of several.
-        with_references: False: the references of the row are left out, and need not be there.
+        row: A row of a format of `polar.data.formats`.
+        reference_column: The column with the reference, or a list of several, of rows that are neither dialogues nor
+            worked problems.
+        with_references: False leaves the references of the row out; they need not be there.
 
     Raises:
         UnusableError: the row has no question, no answer, or turns out of order.
         InputError: the row has none of these formats, or a field of another type.
     """
-    if isinstance(row.fields.get("chosen"), str) and HH_TURN.match(string_at(row, "chosen")):
-        task = _dialogue(row, "hh-rlhf", "alignment", _transcript(row))
-    elif row.has("conversations"):
-        task = _dialogue(row, "conversations", "general", _conversation(row))
-    elif row.has("messages") and not row.has("prompt"):
-        task = _dialogue(row, "messages", "general", _messages(row))
-    elif row.has("problem"):
-        task = _problem(row, with_references)
-    elif row.has("question"):
-        task = _question(row, with_references)
-    else:
-        task = _prompted(row, reference_column, with_references)
+    try:
+        found = formats.recognise(row)
+    except TurnsError as error:
+        raise UnusableError(row, "turns out of order") from error
+    match found.format:
+        case formats.HH_RLHF:
+            task = _dialogue(row, "hh-rlhf", "alignment", found)
+        case formats.CONVERSATIONS | formats.MESSAGES:
+            task = _dialogue(row, found.format, "general", found)
+        case formats.PROBLEM:
+            task = _problem(row, found, _solution(row, found, "solution", with_references))
+        case formats.QUESTION:
+            task = _question(found, _solution(row, found, "answer", with_references))
+        case _:
+            task = _prompted(row, found, reference_column, with_references)
     if not text_of(task.prompt[-1:]).strip():
         raise UnusableError(row, "empty question")
     if with_references and not all(reference.strip() for reference in task.references):
@@ -93,14 +88,14 @@ def read_task(row: Row, *, reference_column: str | None = None, with_references:
 
 
 def answer_in(text: Text) -> str:
-    """The answer in a reference: without thinking, and without <answer> around it; "" if there is none."""
+    """Return the answer in a reference, without thinking and without <answer> around it; "" if there is none."""
     answer = text_of(strip_thinking(text))
     found = ANSWER.search(answer)
     return found[1].strip() if found else answer
 
 
 def boxed(solution: str) -> str | None:
-    r"""What stands in the last \boxed{} of a solution (braces may nest), or None."""
+    r"""Return the content of the last \boxed{} of a solution (braces may nest), or None."""
     start = solution.rfind("\\boxed{")
     if start < 0:
         return None
@@ -112,59 +107,33 @@ def boxed(solution: str) -> str | None:
     return None
 
 
-def _transcript(row: Row) -> Sequence[Message]:
-    try:
-        return transcript(row, "chosen")
-    except InputError as error:
-        raise UnusableError(row, "turns out of order") from error
-
-
-def _conversation(row: Row) -> Sequence[Message]:
-    """Turns of {"from", "value" [, "info"]}; info may hold the answer apart from the thinking."""
-    messages = []
-    for number, turn in enumerate(list_at(row, "conversations", "a list of turns", at_least=1)):
-        turn = json_object(turn) or {}
-        info = json_object(turn.get("info")) or {}
-        content = info.get("answer_content") or turn.get("value", turn.get("content"))
-        messages.append({"role": turn.get("from", turn.get("role")), "content": content})
-        if messages[-1]["role"] not in ROLES:
-            raise row.error(f"conversations[{number}].from", f"one of {', '.join(ROLES)}", str(messages[-1]["role"]))
-    return _as_messages(row, "conversations", messages)
-
-
-def _messages(row: Row) -> Sequence[Message]:
-    found = text_at(row, "messages")
-    if isinstance(found, str):
-        raise row.wrong("messages", "a list of messages")
-    return found
-
-
-def _as_messages(row: Row, field: str, value: object) -> Sequence[Message]:
-    messages = as_text(row, field, value)
+def _dialogue(row: Row, source: str, ability: str, found: Content) -> Task:
+    """Return the last answer of a dialogue as the reference, and the turns before it as the prompt."""
+    messages = found.candidates[0]
     assert not isinstance(messages, str)
-    return [Message(ROLES.get(message.role, message.role), message.content) for message in messages]
-
-
-def _dialogue(row: Row, source: str, ability: str, messages: Sequence[Message]) -> Task:
-    """The last answer of a dialogue is the reference, what stands before it the prompt."""
     first = next((number for number, message in enumerate(messages) if message.role != "system"), len(messages))
     roles = [message.role for message in messages[first:]]
     if not roles or roles[-1] != "assistant":
         raise UnusableError(row, "no answer at the end")
     if roles != ["user", "assistant"] * (len(roles) // 2):
         raise UnusableError(row, "turns out of order")
-    return Task(source, ability, _prompt(tuple(messages[:-1])), (answer_in(messages[-1:][0].content),))
+    return Task(source, ability, _prompt(messages[:-1]), (answer_in(messages[-1].content),))
 
 
-def _problem(row: Row, with_references: bool) -> Task:
-    solution = string_at(row, "solution") if with_references or row.has("solution") else ""
-    prompt = (Message("user", f"{string_at(row, 'problem')} {BOXED}"),)
+def _solution(row: Row, found: Content, field: str, needed: bool) -> str:
+    """Return the worked solution of a row, or "" where it has none and needs none."""
+    if needed and not found.answers:
+        raise row.wrong(field, "a string")
+    return str(found.answers.get(field, ""))
+
+
+def _problem(row: Row, found: Content, solution: str) -> Task:
+    prompt = (Message("user", f"{found.prompt} {BOXED}"),)
     return Task("math", "math", prompt, (answer_in(solution),), _short_answer(row) or boxed(solution))
 
 
-def _question(row: Row, with_references: bool) -> Task:
-    question = string_at(row, "question")
-    answer = string_at(row, "answer") if with_references or row.has("answer") else ""
+def _question(found: Content, answer: str) -> Task:
+    question = str(found.prompt)
     final = FINAL.search(answer)
     if final is None:
         return Task("questions", "general", (Message("user", question),), (answer_in(answer),))
@@ -173,22 +142,25 @@ def _question(row: Row, with_references: bool) -> Task:
     return Task("gsm8k", "math", (Message("user", f"{question} {BOXED}"),), (reference,), final[1].replace(",", ""))
 
 
-def _prompted(row: Row, column: str | None, with_references: bool) -> Task:
-    prompt, name = text_at(row, "prompt"), column or ("references" if row.has("references") else "reference")
-    prompt, references = split(row, prompt, named(name, references_at(row, name) if with_references else ()))
+def _prompted(row: Row, found: Content, column: str | None, with_references: bool) -> Task:
+    name = column or ("references" if row.has("references") else "reference")
+    references = formats.named(name, formats.references_at(row, name) if with_references else ())
+    answers = {place: text for place, text in found.answers.items() if place not in references}
+    prompt, texts = split(row, found.prompt, references | answers)
     messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
     source = optional_string(row, "data_source") or "prompts"
-    return Task(source, "general", _prompt(messages), tuple(map(answer_in, references)), _short_answer(row))
+    own = tuple(map(answer_in, texts[: len(references)]))
+    return Task(source, "general", _prompt(messages), own, _short_answer(row))
 
 
 def _short_answer(row: Row) -> str | None:
-    """The answer beside a reference; often a number."""
+    """Return the short answer beside a reference, often a number."""
     answer = row.fields.get("answer")
     return f"{answer}" if type(answer) in (int, float) else optional_string(row, "answer")
 
 
 def _prompt(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The prompt as a chat template takes it: earlier answers without thinking, and no open block at the end."""
+    """Return the prompt as a chat template takes it: earlier answers without thinking, no open block at the end."""
     if messages and opens_thinking(messages[-1].content):
         rest = messages[-1].content.rstrip().removesuffix(THINK[0])
         kept = (Message(messages[-1].role, rest.rstrip()),) if rest.strip() else ()

@@ -12,8 +12,8 @@ from polar.core.errors import InputError
 from polar.core.records import Text, text_of
 from polar.core.text import strip_thinking
 from polar.data.dialogues import split
-from polar.data.fields import Row, as_string, text_at, texts_at
-from polar.data.formats import named
+from polar.data.fields import Row, as_string, text_at
+from polar.data.formats import named, references_at
 
 Thinking = Literal["strip", "opened", "keep"]
 
@@ -80,13 +80,6 @@ def as_scored(sample: Sample, thinking: Thinking = "strip") -> Sample:
     if not all(text_of(reference).strip() for reference in sample.references):
         raise InputError(f"{sample.place}: expected a reference with an answer, found only thinking or white space")
     return sample
-
-
-def references_at(row: Row, field: str) -> tuple[Text, ...]:
-    """The references in a required field: a text, or a list that is not one of messages and holds several texts."""
-    value = row.fields.get(field)
-    several = isinstance(value, list) and not all(isinstance(item, dict) for item in value)
-    return texts_at(row, field, at_least=1) if several else (text_at(row, field),)
 
 
 def _plain(value: object) -> object:

@@ -24,7 +24,7 @@ from pydantic import (
 
 from polar.core.records import Aggregate, Text, Wrapper
 from polar.data.fields import Row, as_string, as_text, describe
-from polar.data.formats import label_fields
+from polar.data.record_rows import label_fields
 from polar.serving.checkpoint import Inputs
 
 MOST_INPUTS = 8192
