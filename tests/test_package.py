@@ -115,6 +115,17 @@ def test_the_readmes_python_runs() -> None:
     assert re.match(r"\[-?\d+\.\d+\]\n\[\[(-?\d+\.\d+(, )?){3}\]\]\n$", result.stdout)
 
 
+def test_the_python_of_the_docs_runs(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text("utf-8"), re.S)
+    program = re.sub(r"max_steps=\d+", "max_steps=2", "\n".join(blocks))
+    options = {"capture_output": True, "text": True, "timeout": 240, "cwd": tmp_path, "check": False}
+    result = subprocess.run([sys.executable, "-c", program], **options)
+    assert result.returncode == 0, result.stderr
+    assert re.match(r"\[-?\d+\.\d+\]\n\[(-?\d+\.\d+(, )?){3}\]\n", result.stdout)
+    assert "unigram F1" in result.stdout
+    assert (tmp_path / "results" / "rm" / "summary.json").is_file()
+
+
 @pytest.mark.timeout(600)  # it starts fifteen commands one after the other
 def test_the_readmes_commands_run(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Every `polar` line, in order, where the files they name exist (short runs, a tiny official model)."""

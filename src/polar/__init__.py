@@ -14,6 +14,7 @@ from polar.core.version import __version__
 if TYPE_CHECKING:
     from polar.client.client import AsyncRewardModelClient
     from polar.client.sync import RewardModelClient
+    from polar.evaluation.run import evaluate
     from polar.model.reward_model import RewardModel
     from polar.training.api import finetune, pretrain
 
@@ -34,6 +35,7 @@ __all__ = [
     "Trajectory",
     "Triple",
     "__version__",
+    "evaluate",
     "finetune",
     "pretrain",
 ]
@@ -42,6 +44,7 @@ _LAZY = {
     "AsyncRewardModelClient": "polar.client.client",
     "RewardModel": "polar.model.reward_model",
     "RewardModelClient": "polar.client.sync",
+    "evaluate": "polar.evaluation.run",
     "finetune": "polar.training.api",
     "pretrain": "polar.training.api",
 }

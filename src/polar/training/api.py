@@ -1,4 +1,7 @@
-"""`polar.pretrain` and `polar.finetune`: training from Python, on files or on data in memory."""
+"""`polar.pretrain` and `polar.finetune`: training from Python, on files or on data in memory.
+
+Functions import torch when they are called, so that `from polar import pretrain` is quick.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,7 @@ from polar.core.records import Preference, Triple
 from polar.data.readers import Rows, read_preferences, read_triples
 from polar.data.writers import open_writer, record_to_dict
 from polar.model.reward_model import RewardModel
-from polar.training import run
-from polar.training.checkpoints import require_free
 from polar.training.config import FinetuneConfig, PretrainConfig, TrainConfig
-from polar.training.distributed import from_main, join_processes
 
 Config = TypeVar("Config", bound=TrainConfig)
 Data = Rows | Sequence[str | Path]
@@ -46,6 +46,8 @@ def pretrain(
         InputError: a setting, a file or a row is wrong, or a loss is not finite.
         TerminatedError, KeyboardInterrupt: a signal stopped the run, after a checkpoint.
     """
+    from polar.training import run
+
     return run.pretrain(_config(PretrainConfig, read_triples, model, triples, output, eval_data, settings))
 
 
@@ -56,6 +58,8 @@ def finetune(
 
     Arguments and errors as in `pretrain`; settings are fields of `polar.training.config.FinetuneConfig`.
     """
+    from polar.training import run
+
     return run.finetune(_config(FinetuneConfig, read_preferences, model, preferences, output, eval_data, settings))
 
 
@@ -91,12 +95,16 @@ def _paths(data: Data, name: str, read: Callable[..., Iterator[Triple | Preferen
         raise InputError(f"{name}: expected files or rows, found one mapping of {keys}; choose a split, or give a list")
     if isinstance(data, list | tuple) and all(isinstance(one, str | Path) for one in data):
         return [str(one) for one in data]
+    from polar.training.distributed import from_main, join_processes
+
     join_processes()
     return [from_main(lambda: _written(read(data, on_bad_row=config.on_bad_row), name, Path(config.output)))]
 
 
 def _written(records: Iterable[Triple | Preference], name: str, output: Path) -> str:
     """Write records to a file that is named by its content, unless it is there from the same call before."""
+    from polar.training.checkpoints import require_free
+
     with on_disk(output):
         require_free(output)
         directory = output / "run" / "data"
