@@ -18,7 +18,7 @@ from polar.evaluation.datasets import read_items
 from polar.evaluation.suites import Dataset
 from polar.model.calibration import read_samples
 from polar.rft.prompts import read_task
-from polar.rft.sample import read_sample
+from polar.rft.reward import read_sample
 
 
 def say(role: str, content: str) -> dict[str, str]:

@@ -21,8 +21,7 @@ import uvicorn
 
 from polar import Comparison, InputError, RewardModel, Template
 from polar.core.errors import EngineError
-from polar.rft.reward import reward_for
-from polar.rft.sample import Sample
+from polar.rft.reward import Sample, reward_for
 from polar.serving.app import create_app
 from polar.serving.checkpoint import load_checkpoint
 from polar.serving.server import bind

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from polar import Comparison, InputError, Message, RewardError, Template
-from polar.rft.reward import Reward, Scored, reward_for
-from polar.rft.sample import Sample
+from polar.rft.reward import Reward, Sample, Scored, reward_for
 from tests.client.fakes import Fake, Ids, Reply, reward, sigmoid
 from tests.client.test_faults import free_port
 

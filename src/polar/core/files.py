@@ -19,7 +19,7 @@ from polar.core.errors import InputError
 
 @contextlib.contextmanager
 def on_disk(path: str | Path) -> Iterator[None]:
-    """Report what the operating system refuses (a full disk, a missing directory) as a fault of the given path.
+    """Report errors of the operating system (a full disk, a missing directory) as errors of the given path.
 
     Raises:
         InputError: In place of an `OSError`, or of what a library raises that writes files by itself.
@@ -51,7 +51,7 @@ def refusal(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def new_file(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
-    """Open a file for bytes, which replaces what is at `path` when the block ends without an error.
+    """Open a file for bytes, which replaces the one at `path` when the block ends without an error.
 
     Args:
         path: The file.
@@ -105,17 +105,33 @@ def new_directory(target: Path) -> Iterator[Path]:
         InputError: the target is in use, or the disk refuses it; errors of the block are raised as they are.
     """
     require_new(target)
-    with contextlib.ExitStack() as stack:
-        with on_disk(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            beside = stack.enter_context(TemporaryDirectory(dir=target.parent, prefix=f".{target.name}."))
-            written = Path(beside) / "new"
-            written.mkdir()
+    with staging_directory(target) as written:
         yield written
         with on_disk(target):
             if target.exists():
                 target.rmdir()
             written.rename(target)
+
+
+@contextlib.contextmanager
+def staging_directory(target: Path, *, inside: bool = False) -> Iterator[Path]:
+    """Make a hidden directory to fill before its content moves to `target`; the rest is removed when the block ends.
+
+    Args:
+        target: The directory to be written.
+        inside: Make it in `target`, which may be a file system of its own, and not beside it.
+
+    Raises:
+        InputError: the disk refuses it; errors of the block are raised as they are.
+    """
+    with contextlib.ExitStack() as stack:
+        with on_disk(target):
+            place = target if inside else target.parent
+            place.mkdir(parents=True, exist_ok=True)
+            hidden = stack.enter_context(TemporaryDirectory(dir=place, prefix=f".{target.name}."))
+            written = Path(hidden) / "new"
+            written.mkdir()
+        yield written
 
 
 def require_new(target: Path) -> None:

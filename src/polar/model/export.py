@@ -20,10 +20,10 @@ from transformers import AutoConfig
 
 from polar.core.checkpoint import checkpoint_directory, read_checkpoint_file
 from polar.core.errors import InputError, reason
-from polar.core.files import new_directory, on_disk, require_new
+from polar.core.files import new_directory, on_disk, require_new, write_json
 from polar.core.template import Template
 from polar.core.version import __version__
-from polar.model.files import find_shards, read_json, write_json
+from polar.model.files import find_shards, read_json
 from polar.model.internlm2_layout import COUNTS, LAYER_NAMES, OUTER_NAMES, REWARD_MODEL, source_shapes
 
 Engine = Literal["xtuner", "lmdeploy"]

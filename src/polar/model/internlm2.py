@@ -19,10 +19,10 @@ from torch import Tensor
 
 from polar.core.checkpoint import CHECKPOINT_FILE, local_directory
 from polar.core.errors import InputError
-from polar.core.files import new_directory, on_disk, require_new
+from polar.core.files import new_directory, on_disk, require_new, write_json
 from polar.core.template import Template, TemplateSettings
 from polar.core.version import __version__
-from polar.model.files import find_shards, read_json, read_shard, write_json
+from polar.model.files import find_shards, read_json, read_shard
 from polar.model.internlm2_layout import BASE_MODEL, map_config, map_tensor, source_shapes
 from polar.model.probes import write_probes
 from polar.model.sentencepiece import SentencePieceModel, build_tokenizer, read_model, token_content

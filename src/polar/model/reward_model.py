@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from polar.core.checkpoint import (
@@ -26,7 +25,7 @@ from polar.core.checkpoint import (
     with_reference,
 )
 from polar.core.errors import InputError, reason
-from polar.core.files import on_disk
+from polar.core.files import on_disk, staging_directory
 from polar.core.records import Comparison, Group
 from polar.core.template import Compat, EncodedGroup, Template
 from polar.data import record_rows
@@ -167,10 +166,7 @@ class RewardModel:
                 raise InputError(
                     f"{target}: holds other files than a checkpoint ({', '.join(found[:3])}); choose a new directory"
                 )
-            target.parent.mkdir(parents=True, exist_ok=True)
-            place = target if target.exists() else target.parent  # the same file system: moving is one step then
-            with TemporaryDirectory(dir=place, prefix=f".{target.name}.") as temporary:
-                written = Path(temporary) / "checkpoint"
+            with staging_directory(target, inside=target.exists()) as written:
                 if getattr(self.model, "peft_config", None):
                     save_adapter(self.model, written)
                 else:

@@ -1,4 +1,4 @@
-"""Data sets become files for reinforcement fine-tuning, streaming, and what is set aside is counted."""
+"""Data sets to files for reinforcement fine-tuning, streaming; rows that fail are counted by reason."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from polar.rft.prompts import Task, UnusableError, read_task
 
 Framework = Literal["verl", "trl", "openrlhf", "swift"]
 Layout = Callable[[Task, str, int], dict[str, Any]]
-"""From a task, the name of its split and its number to its row."""
+"""Function from a task, the name of its split and its number to its row."""
 
 TEXT = pa.string()
 TEXTS = pa.list_(TEXT)
@@ -30,36 +30,36 @@ MALFORMED, UNREADABLE = "no row of a known format", "unreadable"
 
 @dataclass(slots=True)
 class DataReport:
-    """What became of the rows."""
+    """Counts of the rows."""
 
     written: int = 0
     set_aside: Counter[str] = field(default_factory=Counter)
-    """Rows that are no tasks, by reason."""
+    """Rows that are no tasks, counted by reason."""
     examples: dict[str, str] = field(default_factory=dict)
     """The first row of every reason."""
 
     def leave(self, reason: str, example: str) -> None:
-        """Count a row that is set aside."""
+        """Count a row that is no task."""
         self.set_aside[reason] += 1
         self.examples.setdefault(reason, example)
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How rows become tasks."""
+    """Files, and how their rows become tasks."""
 
     paths: tuple[str, ...]
     reference_column: str | None = None
     source: str | None = None
-    """The name of the data set, in place of the format's."""
+    """Name of the data set (default: that of the format)."""
     ability: str | None = None
     with_references: bool = True
     strict: bool = False
-    """Raise at the first row that would be set aside."""
+    """Raise at the first row that is no task."""
 
 
 def read_tasks(reading: Reading, report: DataReport) -> Iterator[Task]:
-    """The tasks of some files, in the order of the files and their rows.
+    """Yield the tasks of some files, in the order of the files and their rows.
 
     Raises:
         InputError: a file cannot be read to its end; or a row is no task, where that is strict.
@@ -97,8 +97,8 @@ def write_tasks(
     Args:
         tasks: With references.
         output: A Parquet or JSONL file.
-        report: Counts what is written.
-        framework: Whose columns.
+        report: Counts the rows written.
+        framework: The framework of the columns.
         split: Its name, as the rows of verl say it.
         progress: Called with the number of tasks that were just written.
 
@@ -117,7 +117,7 @@ def write_tasks(
 
 
 def first_examples(report: DataReport) -> Sequence[tuple[str, int, str]]:
-    """Reason, count and first row of what was set aside, the most frequent first."""
+    """Return reason, count and first row of the rows that failed, the most frequent reason first."""
     return [(reason, count, report.examples[reason]) for reason, count in report.set_aside.most_common()]
 
 
@@ -150,7 +150,7 @@ def _trl(task: Task, split: str, index: int) -> dict[str, Any]:
 
 
 def _openrlhf(task: Task, split: str, index: int) -> dict[str, Any]:
-    """To be read with --data.input_key prompt --data.label_key label --data.apply_chat_template."""
+    """Row to be read with --data.input_key prompt --data.label_key label --data.apply_chat_template."""
     prompt = _plain(task.prompt)
     return {"prompt": prompt, "label": label_of(prompt, task.references)}
 

@@ -1,4 +1,4 @@
-"""Over-optimisation: the reward goes on rising while the truth falls (Gao et al. 2022, arXiv 2210.10760).
+"""Guard against over-optimisation: the reward rises while the truth falls (Gao et al. 2022, arXiv 2210.10760).
 
 trainer = GRPOTrainer(
     model,
@@ -23,7 +23,7 @@ from polar.core.errors import InputError
 log = logging.getLogger(__name__)
 
 REWARD = "eval_reward"
-"""Where TRL logs the mean reward on held-out prompts."""
+"""Name of the mean reward on held-out prompts in the logs of TRL."""
 
 
 class OverOptimizationGuard(TrainerCallback):
@@ -36,7 +36,7 @@ class OverOptimizationGuard(TrainerCallback):
         """Watch a reward function of the run.
 
         Args:
-            truth: Name of the reward function that tells right (1) from wrong (0).
+            truth: Name of the reward function that is 1 for right and 0 for wrong answers.
             window: See `has_parted`.
             tolerance: See `has_parted`.
 

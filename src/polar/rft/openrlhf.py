@@ -5,10 +5,10 @@ It is given as the path of this file::
     --reward.remote_url $(python -c "import polar.rft.openrlhf as f; print(f.__file__)")
     --data.label_key label
 
-There is no place for settings in its config, so they stand in the environment (`polar.rft.reward`); on a Ray cluster
-that is the environment of the workers. The label is the reference, or what `polar rft-data --for openrlhf` writes: the
-prompt without the marks of the chat template, and one or more references. OpenRLHF logs an exception of this function
-and goes on without the reward, until it stops for want of it; with a floor it goes on with that.
+Its config has no place for settings, so they are in the environment (`polar.rft.reward`); on a Ray cluster that of the
+workers. The label is the reference, or the label that `polar rft-data --for openrlhf` writes: the prompt without the
+marks of the chat template, and one or more references. OpenRLHF logs an exception of this function and goes on without
+the reward, until it stops for lack of it; with a floor it goes on with the floor.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from typing import Any
 from polar.core.errors import InputError
 from polar.core.text import opens_thinking, without_end
 from polar.data.record_rows import label_fields
-from polar.rft.reward import reward_for
-from polar.rft.sample import Sample, read_sample
+from polar.rft.reward import Sample, read_sample, reward_for
 
 
 def reward_func(
     queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any] | None, **_: Any
 ) -> dict[str, Any]:
-    """Rewards of responses; calls at the same time, from any thread, share their requests.
+    """Return the rewards of responses; concurrent calls, from any thread, share requests.
 
     Args:
         queries: Prompt and response as one text, special tokens included.
@@ -38,7 +37,7 @@ def reward_func(
 
     Raises:
         InputError: a query does not begin with its prompt, or a label is no reference.
-        RewardError: rewards could not be had, and no floor is set.
+        RewardError: a reward failed, and no floor is set.
     """
     import torch
 

@@ -1,7 +1,8 @@
-"""The reward of a sample, the same in every framework: thinking out, every reference asked, one scale, never a default.
+"""The reward of a sample, the same in every framework: without thinking, against every reference, on one scale.
 
-Frameworks ask for one sample at a time from an event loop, from many threads, or for a batch. All of them end here. For
-every settings a process has one client on a thread of its own, in which single samples share their requests.
+Frameworks ask for one sample at a time from an event loop, from many threads, or for a batch. All of them end here. A
+process has one client for each set of settings, on a thread of its own, in which single samples share requests. Where
+there is no reward, that is an error, or a floor that was asked for; never another default.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from polar.client.engines import ServerType
@@ -26,22 +28,26 @@ from polar.client.sync import RewardModelClient, fetch_checkpoint
 from polar.client.transport import Limits
 from polar.core.checkpoint import Scale, read_calibration, scaling, served_directory
 from polar.core.errors import EngineError, InputError, RewardError
-from polar.core.records import Aggregate, Comparison, aggregated
+from polar.core.records import Aggregate, Comparison, Text, aggregated, text_of
 from polar.core.template import Compat
-from polar.rft.sample import Sample, Thinking, as_scored
+from polar.core.text import strip_thinking
+from polar.data.dialogues import split
+from polar.data.fields import Row, as_string, text_at
+from polar.data.formats import named, references_at
 
 log = logging.getLogger(__name__)
 
 PREFIX = "POLAR_REWARD_"
-"""Of the environment variables, as in POLAR_REWARD_ADDRESS."""
+"""Beginning of the environment variables, as in POLAR_REWARD_ADDRESS."""
 MODEL_VARIABLE = f"{PREFIX}MODEL"
 
+Thinking = Literal["strip", "opened", "keep"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Where rewards come from and on which scale they are wanted.
+    """Source and scale of the rewards.
 
     The key of the servers is no setting: it is read from the environment variable POLAR_API_KEY.
     """
@@ -51,16 +57,16 @@ class Settings:
     address: str = "127.0.0.1:30000"
     """host:port or a URL of the reward server; several separated by commas."""
     model: str | None = None
-    """The checkpoint that is served there: a directory on every machine that asks, or "polar-nano". None: what a
-    `polar serve` there says that it has; other servers do not tell."""
+    """The checkpoint that is served there: a directory on every machine that asks, or "polar-nano". None: the
+    checkpoint of the `polar serve` there; other servers do not name theirs."""
     server_type: ServerType = "auto"
-    """What serves there; "auto" finds out."""
+    """Kind of the servers; "auto" detects it."""
     compat: Compat | None = None
     """"seed" builds the inputs exactly as the original POLAR client does."""
     scale: Scale = "raw"
     """"zscore" and "probability" use the calibration of the checkpoint (`polar calibrate`)."""
     aggregate: Aggregate = "max"
-    """What becomes of the rewards against several references."""
+    """How the rewards against several references become one."""
     thinking: Thinking = "strip"
     """"strip": <think> blocks are taken out (`polar.core.text`). "opened": so they are, and the chat template of the
     policy opens the first one itself. "keep": texts are scored as they are."""
@@ -75,10 +81,10 @@ class Settings:
 
 
 def read_settings(given: Mapping[str, Any]) -> Settings:
-    """The settings of some arguments; what they leave out is looked up in the environment.
+    """Return the settings of some arguments; missing ones are looked up in the environment.
 
     Raises:
-        InputError: an argument or variable is unknown or of no use.
+        InputError: an argument or variable is unknown or has a wrong value.
     """
     names = [field.name for field in dataclasses.fields(Settings)]
     variables = {name: f"{PREFIX}{name.upper()}" for name in names}
@@ -103,18 +109,88 @@ def read_settings(given: Mapping[str, Any]) -> Settings:
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """One output of a policy, with its prompt and references."""
+
+    prompt: Text
+    references: tuple[Text, ...]
+    """One or more."""
+    output: str
+    place: str
+    """Its name in messages."""
+    opened: bool = False
+    """The prompt, as the policy saw it, ends with an open block of thinking."""
+
+
+def read_sample(
+    fields: Mapping[str, Any],
+    output: object,
+    *,
+    prompt: str,
+    references: tuple[str, ...],
+    source: str,
+    number: int = 0,
+    opened: bool = False,
+) -> Sample:
+    """Return the sample in some fields; arrays of NumPy, which Parquet readers make of lists, count as lists.
+
+    Args:
+        fields: Values by their names.
+        output: The text of the policy.
+        prompt: The name of the prompt.
+        references: Names of the reference, the first that is there; a list that is not one of messages holds several
+            references.
+        source: Origin of the sample, for messages.
+        number: Its number there.
+        opened: See `Sample`.
+
+    Raises:
+        InputError: there is no prompt, no reference, or a value is no text.
+    """
+    row = Row(source, number, {name: _plain(value) for name, value in fields.items()})
+    name = next((name for name in references if row.has(name)), None)
+    if name is None:
+        raise InputError(
+            f"{row.place}: expected a reference in one of {', '.join(references)}, found none: POLAR scores against one"
+        )
+    asked, several = split(row, text_at(row, prompt), named(name, references_at(row, name)))
+    return Sample(asked, several, as_string(row, "output", output), row.place, opened)
+
+
+def as_scored(sample: Sample, thinking: Thinking = "strip") -> Sample:
+    """Return the sample as it is scored: only the answers of output and references, unless thinking is kept.
+
+    Raises:
+        InputError: a reference has no answer, and nothing can be close to that.
+    """
+    if thinking != "keep":
+        opened = sample.opened or thinking == "opened"
+        output = str(strip_thinking(sample.output, opened=opened))
+        sample = replace(sample, output=output, references=tuple(map(strip_thinking, sample.references)))
+    if not all(text_of(reference).strip() for reference in sample.references):
+        raise InputError(f"{sample.place}: expected a reference with an answer, found only thinking or white space")
+    return sample
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    return list(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+@dataclass(frozen=True, slots=True)
 class Scored:
-    """What became of a sample."""
+    """The result of scoring one sample."""
 
     reward: float
     failed: bool
-    """The reward could not be had, and this is the floor."""
+    """The reward is the floor, because there was none from the servers."""
     answered: bool
-    """False: the output holds nothing but thinking, so that an empty answer was scored."""
+    """False: the output is only thinking, so that an empty answer was scored."""
 
 
 class Reward:
-    """Rewards of samples, by the servers and on the scale of some settings.
+    """Rewards of samples from the servers, and on the scale, of some settings.
 
     Raises:
         InputError: the checkpoint or an address is unusable, or the checkpoint has no calibration for the scale.
@@ -137,7 +213,7 @@ class Reward:
             self._in_scale = scaling(settings.scale, read_calibration(directory))
 
     async def score(self, sample: Sample) -> Scored:
-        """The reward of one sample, in any event loop; calls at the same time share their requests.
+        """Return the reward of one sample, in any event loop; concurrent calls share requests.
 
         Raises:
             InputError: a reference has no answer; or a server does not give this checkpoint's rewards.
@@ -148,7 +224,7 @@ class Reward:
         return _complete([self._scored(sample, outcomes)])[0]
 
     def score_all(self, samples: Sequence[Sample]) -> list[Scored]:
-        """The rewards of samples, in their order; this thread waits for them.
+        """Return the rewards of samples, in their order; this thread waits for them.
 
         Errors as in `score`; `RewardError` keeps the rewards of the other samples.
         """
@@ -161,7 +237,7 @@ class Reward:
         )
 
     def _start(self, sample: Sample) -> tuple[Sample, list[Future[float]]]:
-        """The sample as it is scored and its rewards by reference; for probabilities also those of the references."""
+        """Return the sample as it is scored and its rewards by reference; for probabilities also of the references."""
         sample = as_scored(sample, self.settings.thinking)
         with_own = self.settings.scale == "probability"
         return sample, [
@@ -171,7 +247,7 @@ class Reward:
         ]
 
     def _scored(self, sample: Sample, outcomes: Sequence[float | BaseException]) -> Scored | str:
-        """The result, or why there is none."""
+        """Return the result, or why there is none."""
         rewards: list[float] = []
         for outcome in outcomes:
             if isinstance(outcome, RewardError):
@@ -195,7 +271,7 @@ class Reward:
 
 
 def reward_for(given: Mapping[str, Any]) -> Reward:
-    """The reward by some arguments and the environment; the same one for the same settings, in any thread.
+    """Return the `Reward` for some arguments and the environment; one per settings, shared by all threads.
 
     Raises:
         InputError: see `read_settings` and `Reward`.
@@ -210,12 +286,12 @@ _opening = threading.Lock()
 
 @lru_cache(maxsize=8)
 def _reward(settings: Settings, process: int) -> Reward:
-    """A forked process opens its own: threads are not forked with it."""
+    """Return the `Reward` of a process; a forked one opens its own, since threads are not forked with it."""
     return Reward(settings)
 
 
 def _fetched(settings: Settings, directory: Path) -> Path:
-    """The directory with what the server tells about its checkpoint."""
+    """Return the directory, with the description of the server's checkpoint."""
     try:
         fetch_checkpoint(settings.address, directory, settings.deadline)
     except EngineError as error:

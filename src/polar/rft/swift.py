@@ -1,12 +1,12 @@
 """The reward of ms-swift.
 
-It is made known in a file that is given as --external_plugins::
+Register it in a file that is given as --external_plugins::
 
     from swift.rewards import orms
     from polar.rft.swift import PolarReward
     orms["polar"] = PolarReward
 
-and then `--reward_funcs polar`. Settings stand in the environment (`polar.rft.reward`). The reference is a column of
+and then `--reward_funcs polar`. Settings are in the environment (`polar.rft.reward`). The reference is a column of
 the data set: `references`, `reference` or `solution`.
 """
 
@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from polar.core.errors import InputError
-from polar.rft.reward import reward_for
-from polar.rft.sample import read_sample
+from polar.rft.reward import read_sample, reward_for
 
 REFERENCES = ("references", "reference", "solution")
 
@@ -36,16 +35,16 @@ class PolarReward:
     def __call__(
         self, completions: Sequence[str], messages: Sequence[Any] | None = None, **columns: Any
     ) -> list[float]:
-        """The rewards of completions, in their order.
+        """Return the rewards of completions, in their order.
 
         Args:
-            completions: What the policy wrote.
+            completions: Texts of the policy.
             messages: The conversations; the completion is the last message of each.
             columns: The columns of the data set, one value per completion.
 
         Raises:
             InputError: a row has no reference or no prompt.
-            RewardError: rewards could not be had, and no floor is set.
+            RewardError: a reward failed, and no floor is set.
         """
         if messages is None:
             raise InputError("ms-swift: expected the conversations of the completions in messages, found none")
@@ -64,7 +63,7 @@ class PolarReward:
 
 
 def _prompt(conversation: Any, number: int) -> Any:
-    """What stands before the completion."""
+    """Return the messages before the completion."""
     if not conversation or conversation[-1].get("role") != "assistant":
         raise InputError(f"ms-swift:{number}: expected messages that end with the completion, a turn of the assistant")
     return conversation[:-1]

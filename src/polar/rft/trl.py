@@ -1,4 +1,4 @@
-"""The reward function of TRL: GRPOTrainer, RLOOTrainer, and whatever calls reward functions as they do (TRL 1.16).
+"""The reward function of TRL: GRPOTrainer, RLOOTrainer, and others that call reward functions as they do (TRL 1.16).
 
     from polar.rft.trl import polar_reward
 
@@ -21,11 +21,10 @@ from polar.core.records import Aggregate, Group, Text, aggregated, groups_of
 from polar.core.text import opens_thinking
 from polar.data.fields import Row, as_content
 from polar.model.reward_model import RewardModel
-from polar.rft.reward import Reward, Settings, read_settings, reward_for
-from polar.rft.sample import Sample, Thinking, as_scored, read_sample
+from polar.rft.reward import Reward, Sample, Settings, Thinking, as_scored, read_sample, read_settings, reward_for
 
 RewardFunction = Callable[..., list[float]]
-"""Called by keyword: prompts, completions, and the other columns of the data set; gives one reward per completion."""
+"""Function of prompts, completions and other columns of the data set, by keyword; one reward per completion."""
 
 REFERENCES = ("references", "reference")
 
@@ -39,7 +38,7 @@ def polar_reward(
     thinking: Thinking | None = None,
     **server: Any,
 ) -> RewardFunction:
-    """A reward function that scores completions by their closeness to the references of their prompts.
+    """Return a reward function that scores completions by their closeness to the references of their prompts.
 
     Completions that share prompt and references are scored as one group, so the shared part of their inputs is computed
     once. Scale, aggregate and thinking that are left out are looked up in the environment (`polar.rft.reward`).
@@ -49,14 +48,14 @@ def polar_reward(
             (default: polar-mini). It runs in this process, unless there is a server; then the default is what that has.
         server_address: Where servers of this checkpoint listen: host:port or a URL, or several of them.
         scale: Of the rewards; see `polar.core.checkpoint.Scale`.
-        aggregate: What becomes of the rewards against several references.
-        thinking: What becomes of it in completions and references (`polar.core.text`). Say "opened" if the chat
+        aggregate: How the rewards against several references become one.
+        thinking: Its treatment in completions and references (`polar.core.text`). Take "opened" if the chat
             template of the policy opens the block itself and prompts are conversations; prompts that are texts show it.
         server: Further settings of requests to a server.
 
     Raises:
         InputError: the checkpoint, an address or a setting is unusable. The function itself raises it when a row has no
-            reference, and RewardError or FloatingPointError when a reward could not be had. It never returns None,
+            reference, and RewardError or FloatingPointError when a reward failed. It never returns None,
             which TRL would leave out of the batch.
     """
     score: Callable[[Sequence[Sample]], list[float]]
@@ -80,7 +79,7 @@ def polar_reward(
 
 
 def samples_of(batch: Mapping[str, Any]) -> list[Sample]:
-    """What TRL hands to a reward function, sample by sample.
+    """Return the samples in the arguments of a reward function of TRL.
 
     Raises:
         InputError: a row has no reference, or a value is no text.
@@ -105,7 +104,7 @@ def samples_of(batch: Mapping[str, Any]) -> list[Sample]:
 
 
 def output_of(completion: object, number: int = 0) -> object:
-    """The text of a completion: of a conversation what the assistant says, line by line, without its calls of tools.
+    """Return the text of a completion: of a conversation the assistant's lines, without its tool calls.
 
     Raises:
         InputError: the content of a turn is no text.
@@ -121,9 +120,9 @@ def output_of(completion: object, number: int = 0) -> object:
 
 
 def score_locally(model: RewardModel, settings: Settings, samples: Sequence[Sample]) -> list[float]:
-    """The rewards of samples, in their order; those with the same prompt and references are scored together.
+    """Return the rewards of samples, in their order; those with the same prompt and references are scored together.
 
-    Of the settings those count that say what is scored: scale, aggregate and thinking.
+    Only the settings scale, aggregate and thinking count here.
 
     Raises:
         InputError: a reference has no answer, or the checkpoint has no calibration for the scale.

@@ -6,8 +6,8 @@ From verl 0.7.1 on, also in 0.9: one sample per call, many calls at a time (`com
     reward.custom_reward_function.name=compute_score
     +reward.custom_reward_function.reward_kwargs.address=127.0.0.1:30000
 
-and `compute_score_batch` for verl 0.5 to 0.7.0, whose reward manager is "batch". What can stand in reward_kwargs, or in
-the environment, is in `polar.rft.reward.Settings`. The data are those of `polar rft-data`: the prompt is read from
+and `compute_score_batch` for verl 0.5 to 0.7.0, whose reward manager is "batch". Settings in reward_kwargs or in the
+environment are those of `polar.rft.reward.Settings`. The data are those of `polar rft-data`: the prompt is read from
 extra_info, the references from extra_info["references"], extra_info["reference"] or the ground truth.
 """
 
@@ -19,8 +19,7 @@ from typing import Any
 
 from polar.core.errors import InputError
 from polar.data.fields import describe, json_object
-from polar.rft.reward import Scored, reward_for
-from polar.rft.sample import Sample, read_sample
+from polar.rft.reward import Sample, Scored, read_sample, reward_for
 
 
 async def compute_score(
@@ -33,11 +32,11 @@ async def compute_score(
     reward_model_tokenizer: Any = None,
     **settings: Any,
 ) -> dict[str, float]:
-    """The reward of one sample; calls at the same time share their requests.
+    """Return the reward of one sample; concurrent calls share requests.
 
     Args:
         data_source: The data set, for messages.
-        solution_str: What the policy wrote, without special tokens.
+        solution_str: Text of the policy, without special tokens.
         ground_truth: The reference, if extra_info has none: a text, messages, or a list of several references.
         extra_info: Holds the prompt; an object, or one in JSON.
         reward_router_address: Of a reward model that verl runs itself; not used.
@@ -50,7 +49,7 @@ async def compute_score(
 
     Raises:
         InputError: the sample or a setting is wrong.
-        RewardError: the reward could not be had, and no floor is set.
+        RewardError: the reward failed, and no floor is set.
     """
     reward = await asyncio.to_thread(reward_for, settings)  # the first one may wait for the server
     return _result(await reward.score(_sample(data_source, solution_str, ground_truth, extra_info)))
@@ -63,7 +62,7 @@ def compute_score_batch(
     extra_infos: Sequence[Mapping[str, Any] | str | None],
     **settings: Any,
 ) -> list[dict[str, float]]:
-    """The rewards of a batch, in its order; one dictionary per sample, as in `compute_score`.
+    """Return the rewards of a batch, in its order; one dictionary per sample, as in `compute_score`.
 
     Errors as in `compute_score`; `RewardError` keeps the rewards of the other samples.
     """
