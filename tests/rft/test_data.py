@@ -26,7 +26,7 @@ from tests.corpus.engines.scripted import Reply, Script, Server, serving
 
 ROWS = [
     {"chosen": "\n\nHuman: hi\n\nAssistant: hello", "rejected": "\n\nHuman: hi\n\nAssistant: no"},
-    {"chosen": "\n\nHuman: hi\n\nAssistant: ", "rejected": ""},
+    {"chosen": "\n\nHuman: hi\n\nAssistant: ", "rejected": "\n\nHuman: hi\n\nAssistant: no"},
     {"problem": "How much is 1+1?", "solution": "It is $\\boxed{2}$."},
     {"chosen": "\n\nHuman: hi\n\nHuman: hi\n\nAssistant: a"},
     {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "<think>b</think>c"}]},

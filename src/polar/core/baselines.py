@@ -1,4 +1,4 @@
-"""Rewards without a model: what a reward model has to beat before its accuracy means anything."""
+"""Rewards without a model: baselines that a reward model has to beat before its accuracy means anything."""
 
 from __future__ import annotations
 

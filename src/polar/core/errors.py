@@ -18,7 +18,7 @@ class InputError(ValueError):
 
 
 class TerminatedError(Exception):
-    """SIGTERM came and the work was put by; the message says how to go on. The command line exits with code 143."""
+    """SIGTERM stopped a run after it was saved; the message says how to go on. The command line exits with code 143."""
 
 
 MAX_FAILURES_SHOWN = 3
@@ -33,11 +33,11 @@ class EngineError(InputError):
 
 
 class RewardError(Exception):
-    """Some rewards could not be had; the others are kept.
+    """Some rewards failed; the others are kept.
 
     Args:
         rewards: One per input, in order (groups one after the other); None where it failed.
-        failures: Why, by the input's place in `rewards`.
+        failures: Reasons by the input's place in `rewards`.
     """
 
     def __init__(self, rewards: Sequence[float | None], failures: Mapping[int, str]) -> None:
@@ -49,7 +49,7 @@ class RewardError(Exception):
 
 
 def first_mistake(error: ValidationError) -> str:
-    """The first mistake that a validation found, with its place, on one line, and how many more there are."""
+    """Return the first mistake of a validation with its place, on one line, and the number of further ones."""
     mistakes = error.errors(include_url=False, include_input=False)
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in mistakes[0]["loc"]).lstrip(".")
     message = " ".join(mistakes[0]["msg"].removeprefix("Value error, ").split())

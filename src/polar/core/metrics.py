@@ -1,4 +1,4 @@
-"""Accuracies, rank correlations and areas under curves, with standard errors that know that items share prompts.
+"""Accuracies, rank correlations and areas under curves, with standard errors that are clustered by prompt.
 
 Items of one prompt (several negatives, several pairs of a ranking) are not independent. Their standard error is the
 clustered one of Miller 2024, "Adding Error Bars to Evals", arXiv 2411.00640: with s_ic item i of cluster c, n items
@@ -22,7 +22,7 @@ Clusters = Sequence[Hashable] | npt.NDArray[np.generic]
 Verdict = Literal["better", "worse", "cannot tell"]
 
 FEW_CLUSTERS = 10
-"""With fewer prompts the standard error itself is not to be trusted, so there is no verdict."""
+"""Least number of prompts for a verdict: with fewer the standard error itself is unreliable."""
 
 STRETCH = 512
 """Items whose pairs are in memory together."""
@@ -30,7 +30,7 @@ STRETCH = 512
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over items and how sure it is."""
+    """A mean over items with its standard error."""
 
     mean: float
     standard_error: float | None
@@ -41,7 +41,7 @@ class Estimate:
     """Prompts."""
 
     def verdict(self) -> Verdict:
-        """What a difference says at two standard errors; "cannot tell" also with fewer than `FEW_CLUSTERS` prompts."""
+        """Verdict on a difference at two standard errors; "cannot tell" also with fewer than `FEW_CLUSTERS` prompts."""
         if self.standard_error is None or self.clusters < FEW_CLUSTERS or abs(self.mean) <= 2 * self.standard_error:
             return "cannot tell"
         return "better" if self.mean > 0 else "worse"
@@ -86,7 +86,7 @@ def clustered_mean(values: Sequence[float] | Values, clusters: Clusters) -> Esti
 
 
 def pairwise_accuracy(better: Sequence[float], worse: Sequence[float], clusters: Clusters) -> Estimate:
-    """How often the better candidate has the higher reward; see `outcomes` and `clustered_mean`."""
+    """Return the share of items whose better candidate has the higher reward; see `outcomes` and `clustered_mean`."""
     return clustered_mean(outcomes(better, worse), clusters)
 
 
@@ -153,7 +153,7 @@ def _by_count(quality: Lists, rewards: Lists, score: Callable[[Values, Values, V
 
 
 def area_under_curve(right: npt.ArrayLike, rewards: npt.ArrayLike, clusters: Clusters) -> Estimate:
-    """How often a right answer has a higher reward than a wrong one, over all pairs, also of different prompts.
+    """Return the share of pairs of a right and a wrong answer, also of different prompts, whose rewards are in order.
 
     The standard error is clustered by prompt (Obuchowski 1997, Biometrics 53, without the factor C/(C-1) for C
     clusters); for clusters of one it is about that of DeLong et al. 1988.

@@ -1,4 +1,4 @@
-"""The records that all packages share, and how rewards against several references become one.
+"""Records of all packages, and the aggregation of rewards against several references.
 
 A text is either a string or a tuple of chat messages. The input format of the model joins the contents of messages
 with newlines and drops the roles (`polar.core.template`), so `text_of` is all that scoring needs; the messages are kept
@@ -32,19 +32,19 @@ Text = str | tuple[Message, ...]
 
 
 def text_of(text: Text) -> str:
-    """The characters that the model reads: a string as it is, messages joined by newlines without their roles."""
+    """Return the characters that the model reads: a string as it is, messages joined by newlines without roles."""
     if isinstance(text, str):
         return text
     return "\n".join(message.content for message in text)
 
 
 def is_blank(text: Text) -> bool:
-    """Whether there is nothing but white space."""
+    """Return whether a text is only white space."""
     return not text_of(text).strip()
 
 
 def prompt_id(prompt: Text) -> str:
-    """Sixteen hex digits that name a prompt: the same for the same words under another Unicode form, case or spacing.
+    """Return sixteen hex digits that name a prompt, the same under another Unicode form, case or spacing.
 
     A plain string counts as a single user message.
     """
@@ -64,13 +64,13 @@ class Trajectory:
     policy: str
     output: Text
     sample: int = 0
-    """Which sample of this policy for this prompt."""
+    """Number of the sample of this policy for this prompt."""
     decoding: dict[str, object] = field(default_factory=dict)
     """Sampling parameters (temperature, top_p, ...), as far as they are known."""
     wrapper: Wrapper = "sft"
     """"pretrain" when the output continues the prompt as in a document."""
     family: str | None = None
-    """What the policy descends from (Llama, Qwen, ...): policies of one family make harder negatives."""
+    """Lineage of the policy (Llama, Qwen, ...): policies of one family make harder negatives."""
     step: int | None = None
     """Training step, if the policy is one of several checkpoints of a run."""
 
@@ -129,7 +129,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Candidates for one prompt and one reference: what shares a prefix, and one truncation budget."""
+    """Candidates for one prompt and one reference, which share a prefix and one truncation budget."""
 
     prompt: Text
     reference: Text
@@ -166,8 +166,8 @@ def aggregated(rewards: Sequence[Sequence[float]], how: Aggregate) -> list[float
     """Return one reward per candidate.
 
     Args:
-        rewards: For every reference the rewards of all candidates, as `RewardModel.score_groups` gives them for
-            `groups_of`; all on the scale that is wanted in the end.
+        rewards: For every reference the rewards of all candidates, as from `RewardModel.score_groups` for
+            `groups_of`, on the scale of the result.
         how: See `Aggregate`.
 
     Raises:

@@ -39,7 +39,7 @@ Compat = Literal["seed"]
 
 @dataclass(frozen=True, slots=True)
 class TemplateSettings:
-    """What a checkpoint says about its input format (`polar.json`, key "template")."""
+    """Input format of a checkpoint (`polar.json`, key "template")."""
 
     split_token_id: int
     """Separates the reference part from the candidate part (POLAR's `<|reward|>`)."""
@@ -70,7 +70,7 @@ class TemplateSettings:
 
 @dataclass(frozen=True, slots=True)
 class Truncation:
-    """How many tokens were cut from each part; all zero when everything fitted."""
+    """Tokens that were cut from each part; all zero when everything fitted."""
 
     prompt: int = 0
     reference: int = 0
@@ -92,7 +92,7 @@ class EncodedGroup:
     truncations: list[Truncation]
     """One per candidate; prompt and reference counts are the same for the whole group."""
     reference: list[int] = field(default_factory=list)
-    """The reference's tokens as they stand in the prefix (empty under compat, where there is no shared prefix)."""
+    """The reference's tokens in the prefix (empty under compat, where there is no shared prefix)."""
 
     def sequences(self) -> list[list[int]]:
         """The candidates' inputs as separate sequences."""
@@ -160,7 +160,7 @@ class Template:
         (directory / CHECKPOINT_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
     def with_lengths(self, max_length: int | None = None, max_response_length: int | None = None) -> Template:
-        """The same template under another truncation budget (None keeps the present value)."""
+        """Return the template with another truncation budget (None keeps the present value)."""
         settings = replace(
             self.settings,
             max_length=max_length or self.settings.max_length,
@@ -259,7 +259,7 @@ def seed_text(
     wrapper: Wrapper = "sft",
     response_cut_side: Literal["right", "left"] = "right",
 ) -> tuple[str, Truncation]:
-    """The text that the original POLAR client would send (InternLM/POLAR 80626f3, `RewardModelClient.encode`).
+    """Return the text that the original POLAR client sends (InternLM/POLAR 80626f3, `RewardModelClient.encode`).
 
     Its quirks are kept: every part is measured with its own BOS, the prompt budget depends on this output alone, a
     budget of 0 keeps the whole prompt and a negative one drops only that many tokens from its start, parts are decoded
@@ -290,7 +290,7 @@ def seed_text(
 
 
 def _without_special_tokens(tokenizer: Tokenizer, also: set[int]) -> Tokenizer:
-    """A copy of the tokenizer in which special tokens, and the ids in `also`, cannot be spelt by text.
+    """Return a copy of the tokenizer in which text cannot spell special tokens or the ids in `also`.
 
     They keep their ids under names that no text holds. Taken out of the table, they would hand their ids to the tokens
     behind them; left in the vocabulary of the model, they could still be found there.

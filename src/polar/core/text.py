@@ -1,6 +1,6 @@
 """Parts of a policy's text that are not its answer: thinking, and the tokens that ended it.
 
-What a reasoning model writes between <think> and </think> is removed before scoring.
+The text of a reasoning model between <think> and </think> is removed before scoring.
 
 The same rules hold for the candidate and for the reference, so that answers are compared with answers:
 
@@ -11,7 +11,7 @@ The same rules hold for the candidate and for the reference, so that answers are
 | `<think>a</think>b` | `b` |
 | `a</think>b` (the block was opened in the prompt) | `b` |
 | `<think>a` or `b<think>a` (never closed: the thinking used up all the tokens) | none: "" |
-| `a<think>b</think>c<think>d</think>e` (several blocks) | `ace`: all that stands outside of them |
+| `a<think>b</think>c<think>d</think>e` (several blocks) | `ace`: everything outside of them |
 | `<think>a</think>` (nothing behind it) | none: "" |
 | `<think>a<think>b</think>c` (opened twice) | `c`: blocks do not nest |
 | `<thinking>`, `<THINK>`, `[THINK]` and other tags | part of the text, unless they are given as `tags` |
@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from polar.core.records import Message, Text
 
 Tags = tuple[str, str]
-"""What opens and what closes a block."""
+"""Opening and closing tag of a block."""
 THINK: Tags = ("<think>", "</think>")
 """DeepSeek-R1, Qwen3 and most others."""
 
@@ -39,7 +39,7 @@ def strip_thinking(text: Text, *, opened: bool = False, tags: Tags = THINK) -> T
     Args:
         text: A string, or messages; of those the ones of the assistant are stripped, each on its own.
         opened: The prompt ends with an open block (`opens_thinking`), so that a text that closes none has no answer.
-        tags: What opens and what closes a block.
+        tags: Opening and closing tag of a block.
     """
     if isinstance(text, str):
         return _answer(text, opened, tags)
@@ -92,7 +92,7 @@ END_TOKENS = (
     "<｜end▁of▁sentence｜>",
     "[EOS]",
 )
-"""Of common policies. OpenRLHF leaves them in the text and does not say which its policy has; a reference has none."""
+"""End tokens of common policies. OpenRLHF leaves them in the text without naming its policy's; references have none."""
 
 
 def without_end(text: str, special_tokens: Sequence[str] = ()) -> str:

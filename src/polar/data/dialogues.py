@@ -102,7 +102,7 @@ def _holds_prompt(answer: Text, anywhere: bool) -> bool:
 
 
 def _apart(text: Text) -> tuple[Dialogue, Dialogue]:
-    """The system messages at the beginning, and the turns behind them."""
+    """Return the system messages at the beginning, and the turns behind them."""
     if isinstance(text, str):
         return (), ((Message("user", text),) if text.strip() else ())
     first = next((number for number, message in enumerate(text) if message.role not in SYSTEM), len(text))
@@ -110,7 +110,7 @@ def _apart(text: Text) -> tuple[Dialogue, Dialogue]:
 
 
 def _beginning(asked: Dialogue, dialogues: Sequence[Dialogue]) -> Dialogue:
-    """The prompt in some conversations; the last message of each always stays an answer."""
+    """Return the prompt in some conversations; the last message of each is always an answer."""
     first, *others = dialogues
     if others:
         most = min(map(len, dialogues)) - 1
@@ -122,7 +122,7 @@ def _beginning(asked: Dialogue, dialogues: Sequence[Dialogue]) -> Dialogue:
 
 
 def _same(asked: Dialogue, system: Dialogue, beginning: Dialogue) -> bool:
-    """Whether a prompt is the beginning of the conversations, or one question of it (where data name only that)."""
+    """Return whether a prompt is the beginning of the conversations, or one question of it (in some data)."""
     questions = (message.content for message in beginning if message.role in ASKING)
     return _words(asked) in (_words(beginning), _words(system + beginning), *map(_words, questions))
 

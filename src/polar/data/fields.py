@@ -3,7 +3,7 @@
 A text is a string, a list of {role, content} messages, or such a list as a JSON string (common in Parquet files): a
 string is read as messages only if it is JSON for a non-empty list of objects that all have role and content. The
 content of a message may be a list of parts of type "text", which are joined. A field that is null counts as absent.
-A list of messages as Python prints it, which is what a CSV file makes of such a column, is an error.
+A list of messages as Python prints it, as in a CSV file of such a column, is an error.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ class Row:
 
     @property
     def place(self) -> str:
-        """File and number, as error messages begin."""
+        """File and number, the beginning of error messages."""
         return f"{self.file}:{self.number}"
 
     def has(self, field: str) -> bool:
-        """Whether the field is there and not null."""
+        """Return whether the field is there and not null."""
         return self.fields.get(field) is not None
 
     def error(self, field: str, expected: str, found: str) -> InputError:
-        """The error to raise about a field, or about a place inside it (`prompt[0].content`)."""
+        """Return the error about a field, or about a place inside it (`prompt[0].content`)."""
         return InputError(f'{self.place}: field "{field}": expected {expected}, found {found}')
 
     def wrong(self, field: str, expected: str) -> InputError:
-        """The error to raise when a field is absent or holds another kind of value."""
+        """Return the error about a field that is absent or holds another kind of value."""
         if field in self.fields:
             return self.error(field, expected, describe(self.fields[field]))
         return self.error(field, expected, f"no such field; this row has {json.dumps(sorted(self.fields))}")
@@ -71,20 +71,20 @@ def describe(value: object) -> str:
 
 
 def text_at(row: Row, field: str) -> Text:
-    """The text in a required field, as a string or as messages."""
+    """Return the text in a required field, as a string or as messages."""
     if not row.has(field):
         raise row.wrong(field, TEXT)
     return as_text(row, field, row.fields[field])
 
 
 def texts_at(row: Row, field: str, at_least: int) -> tuple[Text, ...]:
-    """The texts in a required field that holds a list of them."""
+    """Return the texts in a required field that holds a list of them."""
     items = list_at(row, field, "a list of texts", at_least)
     return tuple(as_text(row, f"{field}[{i}]", item) for i, item in enumerate(items))
 
 
 def list_at(row: Row, field: str, expected: str, at_least: int) -> list[object]:
-    """The list in a required field."""
+    """Return the list in a required field."""
     value = row.fields.get(field)
     if not isinstance(value, list):
         raise row.wrong(field, expected)
@@ -94,19 +94,19 @@ def list_at(row: Row, field: str, expected: str, at_least: int) -> list[object]:
 
 
 def string_at(row: Row, field: str) -> str:
-    """The string in a required field that is not a text of the model (a name)."""
+    """Return the string in a required field that is not a text of the model (a name)."""
     if not row.has(field):
         raise row.wrong(field, "a string")
     return as_string(row, field, row.fields[field])
 
 
 def optional_string(row: Row, field: str) -> str | None:
-    """The string in a field, or None when the field is absent."""
+    """Return the string in a field, or None when the field is absent."""
     return string_at(row, field) if row.has(field) else None
 
 
 def as_text(row: Row, where: str, value: object) -> Text:
-    """A value as text; `where` names its place in the row."""
+    """Return a value as text; `where` names its place in the row."""
     if isinstance(value, str):
         messages = messages_in(value)
         if messages is None and PRINTED.fullmatch(value):
@@ -122,7 +122,7 @@ def as_text(row: Row, where: str, value: object) -> Text:
 
 
 def as_string(row: Row, where: str, value: object) -> str:
-    """A value as a string that UTF-8 can express."""
+    """Return a value as a string that UTF-8 can express."""
     if not isinstance(value, str):
         raise row.error(where, "a string", describe(value))
     try:
@@ -133,14 +133,14 @@ def as_string(row: Row, where: str, value: object) -> str:
 
 
 def as_content(row: Row, where: str, value: object) -> str:
-    """The content of a message: a string, or a list of parts of type "text", which are joined."""
+    """Return the content of a message: a string, or a list of parts of type "text", which are joined."""
     if isinstance(value, list):
         return "".join(_part(row, f"{where}[{i}]", part) for i, part in enumerate(value))
     return as_string(row, where, value)
 
 
 def as_number(row: Row, where: str, value: object) -> float:
-    """A value as a finite number."""
+    """Return a value as a finite number."""
     # Written so that NaN fails too, and an integer too large for a float.
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise row.error(where, "a finite number", describe(value))
@@ -148,7 +148,7 @@ def as_number(row: Row, where: str, value: object) -> float:
 
 
 def messages_in(string: str) -> list[dict[str, object]] | None:
-    """The list of messages that a string spells in JSON, or None if it is just text."""
+    """Return the list of messages that a string spells in JSON, or None if it is just text."""
     items = json_list(string)
     if items and all(isinstance(item, dict) and {"role", "content"} <= item.keys() for item in items):
         return cast(list[dict[str, object]], items)
@@ -156,7 +156,7 @@ def messages_in(string: str) -> list[dict[str, object]] | None:
 
 
 def json_list(string: str) -> list[object] | None:
-    """The list that a string spells in JSON, or None if it spells none."""
+    """Return the list that a string spells in JSON, or None if it spells none."""
     if not string.lstrip().startswith("["):
         return None
     value = _json_value(string)
@@ -164,7 +164,7 @@ def json_list(string: str) -> list[object] | None:
 
 
 def json_object(value: object) -> dict[str, object] | None:
-    """An object, or one that a string spells in JSON, or None."""
+    """Return an object, or the one that a string spells in JSON, or None."""
     if isinstance(value, str):
         value = _json_value(value)
     return value if isinstance(value, dict) else None

@@ -47,8 +47,8 @@ Rows = str | Path | Iterable[Mapping[str, Any] | Triple | Preference | Trajector
 """A path (see the module), or rows in memory."""
 Noun = TypeVar("Noun")
 
-SHOWN = 5
-"""How many skipped rows are logged and kept as examples."""
+MAX_REASONS = 5
+"""Skipped rows that are logged and kept as examples."""
 
 
 @dataclass(slots=True)
@@ -58,21 +58,21 @@ class ReadReport:
     read: int = 0
     """Rows that became records."""
     skipped: int = 0
-    """Rows that did not: bad ones under `on_bad_row="skip"`, and ties."""
+    """Rows that were left out: bad ones under `on_bad_row="skip"`, and ties."""
     format: str = ""
     """The formats that were met, in order, separated by semicolons."""
     first_reasons: list[str] = field(default_factory=list)
-    """Why the first few rows were skipped."""
+    """Errors of the first few skipped rows."""
     doubtful: Counter[str] = field(default_factory=Counter)
     """Rows that were read though a text in them is empty, by which."""
 
     def skip(self, error: InputError) -> None:
         """Count a skipped row; the first few are logged as warnings."""
         self.skipped += 1
-        if len(self.first_reasons) < SHOWN:
+        if len(self.first_reasons) < MAX_REASONS:
             self.first_reasons.append(str(error))
             log.warning("row skipped: %s", error)
-        elif self.skipped == SHOWN + 1:
+        elif self.skipped == MAX_REASONS + 1:
             log.warning("more rows are skipped; they are counted but not shown")
 
     def look_for_empty(self, row: Row, references: Iterable[Text], preferred: Iterable[Text]) -> None:

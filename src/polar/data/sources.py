@@ -1,4 +1,4 @@
-"""Where rows come from: files of several kinds, standard input and Hugging Face data sets, one row at a time.
+"""Sources of rows: files of several kinds, standard input, Hugging Face data sets, rows in memory; one at a time.
 
 A source yields a `Row` for each row that can be parsed, and an `InputError` for one that cannot but can be passed over
 (a line that is not JSON). It raises `InputError` when it cannot go on: a missing, truncated or damaged file.
@@ -83,7 +83,7 @@ def _files(path: str) -> list[str]:
 
 
 def _kind(file: str) -> tuple[str, str | None]:
-    """The kind of a file by its name ("" when unknown) and its compression."""
+    """Return the kind of a file by its name ("" when unknown) and its compression."""
     *_, inner, outer = ("", "", *Path(file.lower()).suffixes)
     compression = COMPRESSION.get(outer)
     kind = inner if compression else outer
@@ -156,7 +156,7 @@ LAST_OF_NONE, LAST = re.compile(r"\s*\[\s*\]"), re.compile(r"\s*\]")
 
 
 def _array(stream: IO[bytes], name: str) -> Source:
-    """Elements of one JSON array, decoded one after the other: the array is never in memory as a whole."""
+    """Yield the elements of a JSON array, which is never in memory as a whole."""
     reader = io.TextIOWrapper(stream, encoding="utf-8-sig")
     decode = json.JSONDecoder(object_pairs_hook=_object).raw_decode
     buffer, at, number = "", 0, 0
@@ -206,7 +206,7 @@ def _parquet(parquet: pq.ParquetFile, name: str) -> Source:
 
 
 def _dictionaries(batch: pa.RecordBatch) -> list[dict[str, Any] | str]:
-    """The rows of a batch; a reason stands for a row with a value that cannot be read."""
+    """Return the rows of a batch; in place of a row with an unreadable value, the reason."""
     try:
         columns = [_values(column) for column in batch.columns]
     except (UnicodeDecodeError, UnreadableError) as error:

@@ -1,4 +1,4 @@
-"""Writing rows to a file that appears only when it is complete.
+"""Writers of rows to a file that appears only when it is complete.
 
 In Parquet, messages stay lists of {role, content}; any other object becomes
 JSON text, because its keys may differ from row to row, which a Parquet column cannot express.
@@ -36,7 +36,7 @@ ROW_GROUP_SIZE = 1 << 25
 
 
 class Writer(Protocol):
-    """What `open_writer` gives."""
+    """Writer of `open_writer`."""
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row.
@@ -79,7 +79,7 @@ def open_writer(path: str | Path, schema: pa.Schema | None = None) -> Iterator[W
 
 
 def record_to_dict(record: Trajectory | Triple | Preference | Comparison | Group) -> dict[str, Any]:
-    """The row for a record, as the readers of `polar.data.readers` take it; what is None is left out.
+    """Return the row of a record, as the readers of `polar.data.readers` take it, without fields that are None.
 
     A preference of two answers has the common fields chosen and rejected, a longer one has ranked. A plain string that
     spells a list of messages in JSON would be read back as those messages, so it is written as the one message that
@@ -96,7 +96,7 @@ def record_to_dict(record: Trajectory | Triple | Preference | Comparison | Group
 
 
 def text_cell(text: Text, role: str) -> str:
-    """A text as one string, for columns that hold strings and messages: messages become JSON, which readers know."""
+    """Return a text as one string, for columns of strings and messages: messages become JSON, which readers know."""
     value = _plain(text, role)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
@@ -204,7 +204,7 @@ class _Parquet:
 
 
 def _fits(found: pa.DataType, kind: pa.DataType) -> bool:
-    """Whether a column of one type can be written as another one without changing a value."""
+    """Return whether a column of one type can be written as another one without changing a value."""
     if found == kind or pa.types.is_null(found) or (pa.types.is_integer(found) and pa.types.is_floating(kind)):
         return True
     return pa.types.is_list(found) and pa.types.is_list(kind) and _fits(found.value_type, kind.value_type)

@@ -1,4 +1,4 @@
-"""Training examples, the batches made of them, and checks of what teaches nothing or is cut."""
+"""Training examples, their batches, and checks of pairs that teach nothing and of texts that are cut."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ NAME_LENGTH = 40
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """An encoded group and which of its candidates beat which."""
+    """An encoded group and its pairs of a better and a worse candidate."""
 
     group: EncodedGroup
     pairs: tuple[tuple[int, int], ...]
     """(better, worse) as positions in `group.branches`."""
     name: str
-    """The number of its first record in the order of reading, and how its prompt begins: for messages."""
+    """Number of its first record in the order of reading, and beginning of its prompt; for messages."""
     margin: float = 0.0
-    """By how much the better one of a pair must win."""
+    """Least difference of the rewards of a pair."""
 
 
 def examples_from_triples(triples: Iterable[Triple], template: Template) -> Iterator[Example]:
-    """One example per run of consecutive triples that share prompt, reference and positive (K negatives share them)."""
+    """Yield one example per run of consecutive triples that share prompt, reference and positive."""
     current: Triple | None = None
     negatives: list[Text] = []
     name = ""
@@ -56,7 +56,7 @@ def examples_from_triples(triples: Iterable[Triple], template: Template) -> Iter
 
 
 def examples_from_preferences(preferences: Iterable[Preference], template: Template) -> Iterator[Example]:
-    """One example per preference; a ranked list of K answers gives all K (K - 1) / 2 pairs."""
+    """Yield one example per preference; a ranked list of K answers gives all K (K - 1) / 2 pairs."""
     for number, preference in enumerate(preferences, 1):
         group = Group(preference.prompt, preference.reference, preference.ranked, wrapper=preference.wrapper)
         yield Example(
@@ -79,7 +79,7 @@ def _one_against_all(triple: Triple, negatives: Sequence[Text], template: Templa
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Turns examples into the keyword arguments of `Discriminator.forward`: tensors, and the names of the examples."""
+    """Function from examples to the keyword arguments of `Discriminator.forward`: tensors and names."""
 
     lexical: bool = False
     objective: Objective = field(default_factory=Objective)
@@ -124,7 +124,7 @@ def _lexical_targets(examples: Sequence[Example]) -> dict[str, Tensor]:
 
 
 def require_several_policies(triples: Iterable[Triple]) -> Iterator[Triple]:
-    """The same triples, if negatives come from other policies than positives, as far as policies are named.
+    """Yield the same triples; check that negatives are by other policies than positives, where policies are named.
 
     Raises:
         InputError: positive and negative of a triple are by the same policy, or (at the end) all triples name one
@@ -155,7 +155,7 @@ def require_several_policies(triples: Iterable[Triple]) -> Iterator[Triple]:
 
 
 def drop_equal_pairs(examples: Iterable[Example]) -> Iterator[Example]:
-    """The same examples without the comparisons of two equal candidates, whose number is reported at the end.
+    """Yield the examples without comparisons of two equal candidates, whose number is reported at the end.
 
     Candidates are equal if the model reads the same tokens: two equal texts, or texts that are cut to the same
     beginning. Their gradient is zero and their loss log 2, whatever the model.
@@ -199,7 +199,7 @@ def require_all_fit(examples: Iterable[Example], model: Any) -> Iterator[Example
 
 @dataclass(slots=True)
 class Cut:
-    """How many examples were cut to fit the model, on the whole and by part (`Template.encode_group`)."""
+    """Numbers of examples that were cut to fit the model, in all and by part (`Template.encode_group`)."""
 
     examples: int = 0
     prompt: int = 0
@@ -207,7 +207,7 @@ class Cut:
     answers: int = 0
 
     def count(self, examples: Iterable[Example]) -> Iterator[Example]:
-        """The same examples; what was cut is reported at the end."""
+        """Yield the same examples; report the cut ones at the end."""
         total = 0
         for example in examples:
             total += 1

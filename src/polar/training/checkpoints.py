@@ -38,7 +38,7 @@ Record = TypeVar("Record")
 COMPLETE = "complete"
 """Last file of a checkpoint: the `Layout` of the run."""
 MAY_CHANGE = {"output", "eval_data", "log_steps", "save_steps", "eval_steps", "report_to", "resume", "fsdp"}
-"""Settings that may differ when a run goes on; how it is sharded is in its layout."""
+"""Settings that may differ when a run goes on; its sharding is in the layout."""
 RUN_FILES = ("config.yaml", "*.arrow", "trainer_state.json", "final", "runs")
 """Files of a run in its directory besides checkpoints (runs: of TensorBoard); everything else there is not ours."""
 LAUNCHER_ECHO = 1.0
@@ -57,7 +57,7 @@ class Layout:
 
 
 class MarkComplete(TrainerCallback):
-    """Marks a checkpoint when all processes have written their part of it."""
+    """Mark a checkpoint when all processes have written their part of it."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout

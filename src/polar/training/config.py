@@ -126,7 +126,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradient clipping."""
     max_length: int | None = None
-    """Longest input in tokens (default: the checkpoint's own; of a language model 16384, or what it has room for)."""
+    """Longest input in tokens (default: the checkpoint's own; of a language model 16384, or its room)."""
     max_response_length: int | None = None
     """Longest reference and candidate in tokens (default: the checkpoint's own; of a language model 4096, or a quarter
     of max_length if that is too long)."""
@@ -147,12 +147,12 @@ class TrainConfig:
     eval_steps: int = 500
     """Steps between evaluations, when eval_data is given."""
     resume: bool = True
-    """Go on from the newest whole checkpoint of this output directory, if there is one; --no-resume removes what an
+    """Go on from the newest complete checkpoint of this output directory, if there is one; --no-resume removes what an
     unfinished run left there and begins again."""
     report_to: list[Tracker] = field(default_factory=list)
     """Experiment trackers of Hugging Face Trainer; each is a package of its own name."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What to do with a row that cannot be read; skipped rows are counted and reported."""
+    """Treatment of rows that cannot be read; skipped rows are counted and reported."""
 
     def __post_init__(self) -> None:
         if not self.data:

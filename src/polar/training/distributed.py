@@ -1,7 +1,7 @@
-"""Several processes that train one model: what one finds out for all, how they fail together, how weights are gathered.
+"""Several processes that train one model: work of one for all, common failure, gathered weights.
 
-They are started by `torchrun` or `accelerate launch` and see the same files. How the model is spread over them is
-accelerate's business (FSDP2, DeepSpeed, or a copy in each); here stands what it leaves to us.
+They are started by `torchrun` or `accelerate launch` and see the same files. Accelerate spreads the model over them
+(FSDP2, DeepSpeed, or a copy in each).
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ Sharding = Literal["none", "fsdp", "deepspeed"]
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=12)
-"""How long a process waits for the others: the main one encodes a whole corpus meanwhile."""
+"""Longest wait of a process for the others: the main one encodes a whole corpus meanwhile."""
 
 
 def join_processes() -> PartialState:
-    """This process among those of the run; the first call connects them."""
+    """Return this process among those of the run; the first call connects them."""
     return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 def largest(number: int) -> int:
-    """The largest of what the processes give; all of them ask at the same time."""
+    """Return the largest number of all processes; all of them call this together."""
     state = PartialState()
     if state.num_processes == 1:
         return number
@@ -48,7 +48,7 @@ def largest(number: int) -> int:
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """What is wrong in this block on one process is raised by all of them.
+    """Raise an error of this block on one process in all of them.
 
     All processes come to the end of the block, and nothing in it waits for another process.
 
@@ -66,7 +66,7 @@ def fail_together() -> Iterator[None]:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """What is wrong in this block is told by the process that finds it, which ends; the launcher ends the others.
+    """Log an error of this block in the process where it happens, which ends; the launcher ends the others.
 
     They are in the middle of the model, where they exchange weights and cannot be asked.
 
@@ -76,13 +76,13 @@ def alone() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        if not PartialState().is_main_process:  # its command line tells only what all of them know
+        if not PartialState().is_main_process:  # its command line reports only common errors
             log.error("process %d: %s", PartialState().process_index, error)
         raise
 
 
 def from_main(work: Callable[[], T]) -> T:
-    """What this gives on the main process, on every process; only the main process does it."""
+    """Return the result of work on the main process, on every process; only the main process does it."""
     found: list[Any] = [None]
     with fail_together():
         if PartialState().is_main_process:
@@ -92,7 +92,7 @@ def from_main(work: Callable[[], T]) -> T:
 
 
 def sharding(fsdp: bool = False) -> Sharding:
-    """How the model is spread: by our own setting, or by that of `accelerate launch`.
+    """Return the sharding of the model, by our own setting or by that of `accelerate launch`.
 
     Raises:
         InputError: it is to be sharded, but accelerate would not do so.
@@ -115,7 +115,7 @@ def sharding(fsdp: bool = False) -> Sharding:
 
 
 def reduce_in_float32(trainer: Trainer) -> None:
-    """Under FSDP2 with bfloat16, gradients of all processes are still added up in float32, and losses stay float32."""
+    """Make FSDP2 with bfloat16 add up the gradients of all processes in float32, and keep losses in float32."""
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
@@ -124,7 +124,7 @@ def reduce_in_float32(trainer: Trainer) -> None:
 
 
 def gathered(trainer: Trainer, model: PreTrainedModel) -> PreTrainedModel:
-    """A model that was sharded in training, whole on the CPU of the main process, and as it is on the others.
+    """Return a model that was sharded in training, whole on the CPU of the main process, as it is on the others.
 
     Args:
         trainer: After training; all processes call this.

@@ -50,7 +50,7 @@ class ExampleStore:
         self.fingerprint: dict[str, Any] = json.loads(table.schema.metadata[FINGERPRINT])
         _, last = file.get_batch_with_custom_metadata(file.num_record_batches - 1)
         self.summary: dict[str, Any] = json.loads(last[SUMMARY]) if last else {}
-        """What was found out while the examples were made."""
+        """Facts collected while the examples were made."""
         self.lengths: NDArray[np.int64] = table["length"].to_numpy()
         """Tokens of every example's row."""
         self._table = table.drop_columns(["length"])
@@ -60,7 +60,7 @@ class ExampleStore:
 
     def __getitem__(self, number: int) -> Example:
         (row,) = self._table.slice(number, 1).to_pylist()
-        # How much was cut is counted when examples are made (`polar.training.reading`); training does not ask again.
+        # How much was cut is counted when examples are made (`batches.Cut`); training needs no counts.
         cut = [Truncation(0, 0, 0)] * len(row["branches"])
         group = EncodedGroup(row["prefix"], row["branches"], cut, row["reference"])
         return Example(group, tuple((better, worse) for better, worse in row["pairs"]), row["name"], row["margin"])
@@ -78,8 +78,8 @@ def write_examples(
     Args:
         path: The file.
         examples: Consumed once.
-        fingerprint: What the examples depend on, see `fingerprint_of`.
-        summary: Gives what was found out about them; called after the last one.
+        fingerprint: Data and settings of the examples, see `fingerprint_of`.
+        summary: Returns facts about them; called after the last one.
 
     Raises:
         InputError: there are no examples, or the disk is full.
@@ -101,7 +101,7 @@ def write_examples(
 
 
 def open_examples(path: Path, fingerprint: dict[str, Any]) -> ExampleStore | None:
-    """The examples of an earlier run, or None if there are none.
+    """Return the examples of an earlier run, or None if there are none.
 
     Raises:
         InputError: they were made from other data or with other settings.
@@ -119,7 +119,7 @@ def open_examples(path: Path, fingerprint: dict[str, Any]) -> ExampleStore | Non
 
 
 def fingerprint_of(paths: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """Names, sizes and times of the data files, and the settings of the template.
+    """Return names, sizes and times of the data files, and the settings of the template.
 
     Directories count with their files; patterns and data sets of the hub by their names alone.
     """

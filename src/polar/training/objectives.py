@@ -29,7 +29,7 @@ class Objective:
     """
 
     ranked: Ranked = "all_pairs"
-    """How a list of more than two candidates becomes comparisons."""
+    """Comparisons of a list of more than two candidates."""
     centering: float = 0.0
     """Weight of the squared sum of the rewards of a pair, which keeps rewards near 0 (arXiv 2312.09244, eq. 2, as in
     TRL)."""
@@ -73,7 +73,7 @@ class Objective:
 
 
 class LexicalAuxiliaryLoss(nn.Module):
-    """Two linear probes whose targets are known for every candidate token; thrown away after training.
+    """Two linear probes with known targets for every candidate token; dropped after training.
 
     A network from scratch gets one bit per pair from Bradley-Terry and stays at chance for a long time: it must first
     learn to find the reference's words in the candidate. These probes give that signal at every candidate token:
@@ -90,7 +90,7 @@ class LexicalAuxiliaryLoss(nn.Module):
     def forward(
         self, middle_BTH: Tensor, last_BTH: Tensor, overlap_BT: Tensor, closeness_BT3: Tensor, select_BT: Tensor
     ) -> Tensor:
-        """Cross entropy of the overlap plus squared error of the closeness, over the selected tokens."""
+        """Return cross entropy of the overlap plus squared error of the closeness, over the selected tokens."""
         dtype = self.overlap.weight.dtype  # float32, or what sharded weights are gathered in
         middle, last = middle_BTH[select_BT].to(dtype), last_BTH[select_BT].to(dtype)
         overlap = nn.functional.binary_cross_entropy_with_logits(
@@ -100,7 +100,7 @@ class LexicalAuxiliaryLoss(nn.Module):
 
 
 def lexical_targets(group: EncodedGroup) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Targets of the probes for every branch: overlap (t,) and closeness (t, 3), t tokens with the score token.
+    """Return the targets of the probes by branch: overlap (t,) and closeness (t, 3), t tokens with the score token.
 
     The closeness values are scaled to about unit variance. The score token repeats the values of the last text token.
     """
@@ -128,6 +128,6 @@ def lexical_targets(group: EncodedGroup) -> list[tuple[NDArray[np.float32], NDAr
 
 
 def _repeat_last(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The values of the text tokens, and once more the last of them for the score token (zeros for an empty text)."""
+    """Return the values of the text tokens, the last one repeated for the score token (zeros for an empty text)."""
     last = values[-1:] if len(values) else np.zeros((1, *values.shape[1:]), np.float32)
     return np.concatenate([values, last])

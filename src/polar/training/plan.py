@@ -1,4 +1,4 @@
-"""What a pre-training run needs, before it is begun: learning rate, batch, memory, time.
+"""Needs of a pre-training run before it begins: learning rate, batch, memory, time.
 
 Learning rate and batch are the paper's fits (D.1.2). As printed ("all in millions") they miss the published values by
 an order of magnitude; with parameters in units of 2^20 and tokens in units of 2^30 they give them: batch 1940 and 4343,
@@ -50,13 +50,13 @@ PAPER_UTILIZATION = 0.26
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What is known of a run."""
+    """Known facts of a run."""
 
     parameters: float
     pretrained_tokens: float
-    """What the language model that it starts from has seen."""
+    """Tokens in the pre-training of the language model at the start."""
     corpus_tokens: float
-    """What the reward model is pre-trained on."""
+    """Tokens in the pre-training of the reward model."""
     devices: int = 1
     device: Device = DEVICES["h100"]
     utilization: float = PAPER_UTILIZATION
@@ -68,7 +68,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What follows from it."""
+    """Needs of a run."""
 
     learning_rate: float
     batch: int
@@ -83,7 +83,7 @@ class Forecast:
 
 
 def learning_rate(parameters: float, pretrained_tokens: float, corpus_tokens: float) -> float:
-    """Peak learning rate of the pre-training (paper D.1.2)."""
+    """Return the peak learning rate of the pre-training (paper D.1.2)."""
     return float(
         0.0002306
         * (parameters / MI) ** 0.01125
@@ -93,12 +93,12 @@ def learning_rate(parameters: float, pretrained_tokens: float, corpus_tokens: fl
 
 
 def batch_size(parameters: float, corpus_tokens: float) -> float:
-    """Triples per step of the pre-training (paper D.1.2)."""
+    """Return the triples per step of the pre-training (paper D.1.2)."""
     return float(31.9032 * (parameters / MI) ** 0.06944 * (corpus_tokens / GI) ** 0.52997)
 
 
 def forecast(run: Run) -> Forecast:
-    """Work out a run.
+    """Return the needs of a run.
 
     Raises:
         InputError: a number is not above zero, or the utilization is above 1.
@@ -123,7 +123,7 @@ def forecast(run: Run) -> Forecast:
 
 
 def _activations(parameters: float, tokens: float) -> float:
-    """Bytes: the input of every layer, and what one layer computes (Korthikanti et al. 2022, arXiv 2205.05198).
+    """Return the bytes of every layer's input and one layer's activations (Korthikanti et al. 2022, arXiv 2205.05198).
 
     The shape is guessed from the size: N = 12 L H^2 with H = 128 L, which is close to the common 1B to 70B models.
     """
@@ -132,10 +132,10 @@ def _activations(parameters: float, tokens: float) -> float:
 
 
 def quantity(text: str) -> float:
-    """A number with an optional unit: 1.8B, 940e9, 0.94T, 300M.
+    """Return the number in a text with an optional unit: 1.8B, 940e9, 0.94T, 300M.
 
     Raises:
-        InputError: it is none.
+        InputError: the text is no number.
     """
     match = re.fullmatch(r"([0-9][0-9_,]*\.?[0-9]*(?:e[0-9]+)?)\s*([kmbgt]?)", text.strip().lower())
     if match is None:

@@ -1,4 +1,4 @@
-"""Pre-training and fine-tuning from the first record to the saved checkpoint; a run that was stopped goes on."""
+"""Pre-training and fine-tuning from the first record to the saved checkpoint, resumable."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ log = logging.getLogger(__name__)
 Record = TypeVar("Record")
 
 TOKENIZER_TRAINING_TRIPLES = 50_000
-"""How many triples the tokenizer of a model from scratch is trained on."""
+"""Triples for the training of the tokenizer of a model from scratch."""
 
 
 def pretrain(config: PretrainConfig) -> RewardModel:
     """Train a policy discriminator on triples and save it to `config.output`.
 
-    Where the model is spread over several processes (FSDP2, DeepSpeed), the main one gets it whole and the others as it
-    is: to score there, load what was saved.
+    Where the model is sharded over several processes (FSDP2, DeepSpeed), the main one gets it whole and the others
+    their shards: to score there, load the saved checkpoint.
 
     Raises:
         InputError: a setting, a file or a record is wrong, or a loss is not finite; all of several processes raise it.
@@ -189,7 +189,7 @@ def _train(
 
 
 def _encoding(model: RewardModel) -> dict[str, Any]:
-    """What the token ids of an example depend on besides its texts."""
+    """Return the settings that the token ids of an example depend on, besides its texts."""
     vocabulary = hashlib.sha256(model.template.tokenizer.to_str().encode()).hexdigest()
     return {**asdict(model.template.settings), "tokenizer": vocabulary}
 
@@ -229,9 +229,9 @@ def _publish(model: RewardModel, output: Path) -> None:
 
 
 def _starting_model(config: TrainConfig) -> RewardModel:
-    """A reward model when the directory holds `polar.json`, otherwise a causal language model with a new head.
+    """Return the model of a directory with `polar.json`, else a causal language model with a new head.
 
-    With adapters if the settings ask for them; then the frozen weights are held in the type that products are in.
+    With adapters if the settings ask for them; the frozen weights then have the type of the products.
     """
     torch.manual_seed(config.seed)  # of new embeddings and adapters
     lora, directory = config.lora, checkpoint_directory(config.model)

@@ -44,9 +44,9 @@ class Cost:
     """Floating point operations of training, forward and backward."""
 
     per_token: float
-    """For the weights."""
+    """Of the weights."""
     per_pair: float
-    """For a token and one that it sees, in all layers."""
+    """Of a token and one that it sees, in all layers."""
 
     def of(self, table_11S4: Tensor) -> tuple[float, float]:
         """Return the operations for a row of trees (`polar.model.attention`) and for its candidates as sequences."""

@@ -1,4 +1,4 @@
-"""Which examples stand in which micro-batch, from the first to the last step of a run.
+"""The micro-batches of a run, from the first to the last step.
 
 The stream is a pure function of the lengths, the seed and the number of machines: every epoch is shuffled anew. A
 position in it is one number, so a run that was stopped goes on exactly where it was, in whichever epoch.
@@ -52,7 +52,7 @@ class BatchStream:
             epoch += 1
 
     def for_epochs(self, epochs: float) -> BatchStream:
-        """The same stream over so many epochs, one turn at least.
+        """Return the same stream over a number of epochs, one turn at least.
 
         Raises:
             InputError: there are fewer examples than processes.
@@ -64,7 +64,7 @@ class BatchStream:
         return replace(self, turns=max(1, turns))
 
     def _epoch(self, number: int) -> list[list[NDArray[np.int64]]]:
-        """The turns of an epoch, each with one micro-batch per process."""
+        """Return the turns of an epoch, each with one micro-batch per process."""
         random = np.random.default_rng((self.seed, number))
         order = random.permutation(len(self.lengths))
         turns = self._sorted_turns(order) if self.batch_tokens is None else self._packed_turns(order, self.batch_tokens)
@@ -97,7 +97,7 @@ class BatchStream:
 
 
 def held_out_batches(lengths: NDArray[np.int64], batch_size: int, batch_tokens: int | None = None) -> list[list[int]]:
-    """All examples once, the longest first."""
+    """Return batches of all examples once, the longest first."""
     order = np.argsort(-lengths, kind="stable")
     if batch_tokens is None:
         return [order[start : start + batch_size].tolist() for start in range(0, len(order), batch_size)]

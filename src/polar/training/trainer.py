@@ -152,7 +152,7 @@ class RewardTrainer(Trainer):
 
 
 class FiniteLosses(TrainerCallback):
-    """Ends a run at a loss that is not finite, with the names of its records, before it can reach the weights.
+    """End a run at a loss that is not finite, with the names of its records, before it can reach the weights.
 
     The losses of all micro-batches are looked at once per optimizer step: before that nothing synchronises with the
     device, and there all processes come, and stop, together.
