@@ -536,7 +536,7 @@ ELEMENTS = st.lists(st.dictionaries(st.text(max_size=3), JSON, max_size=3), min_
     elements=ELEMENTS, chunk=st.integers(1, 40), indent=st.none() | st.just(1), mark=st.booleans(), part=st.floats(0, 1)
 )
 def test_arrays_are_read_whole_or_not_at_all(tmp_path, monkeypatch, elements, chunk, indent, mark, part):
-    monkeypatch.setattr(sources, "CHUNK", chunk)
+    monkeypatch.setattr(sources, "CHUNK_SIZE", chunk)
     data, array = tmp_path / "a.json", json.dumps(elements, indent=indent)
     data.write_text(" \n" + array + "\n", encoding="utf-8-sig" if mark else "utf-8")
     assert repr([row.fields for row in rows(data)]) == repr(elements)  # repr, because nan != nan
@@ -569,7 +569,7 @@ def test_a_mistake_in_a_large_array_is_found_before_its_end(monkeypatch):
             ends.append(self.tell())
             super().close()
 
-    monkeypatch.setattr(sources, "CHUNK", 100)
+    monkeypatch.setattr(sources, "CHUNK_SIZE", 100)
     ends = []
     assert message_of(sources._array(Stream(b"[{}, {a" + b"x" * 10**6 + b"]"), "a")).startswith(
         "a:2: expected the next"

@@ -158,7 +158,7 @@ def many_rows(count: int) -> Iterator[dict[str, str]]:
 def test_memory_does_not_grow_with_the_data(
     kind: str, template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(example_store, "BATCH_TOKENS", 1 << 12)
+    monkeypatch.setattr(example_store, "MAX_BATCH_TOKENS", 1 << 12)
     monkeypatch.setattr("polar.data.writers.ROW_GROUP", 50)
     peaks = []
     for number, count in enumerate((150, 150, 1200)):  # what is loaded once is loaded in the first round

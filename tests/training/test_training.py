@@ -220,7 +220,7 @@ def test_a_second_interrupt_ends_at_once_but_not_the_echo_of_a_launcher(
 
     with pytest.raises(KeyboardInterrupt, match="stopped at step 5"):
         pretrain_until(8, twice, config(triples, tmp_path / "echo", **LONG))
-    monkeypatch.setattr("polar.training.checkpoints.LAUNCHER_ECHO", 0.0)
+    monkeypatch.setattr("polar.training.checkpoints.LAUNCHER_ECHO_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt, match="ended at once; the same command without --no-resume goes on"):
         pretrain_until(8, twice, config(triples, tmp_path / "twice", **LONG, resume=False))
     newest = newest_complete(tmp_path / "twice" / "run")

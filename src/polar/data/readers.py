@@ -160,19 +160,11 @@ def _read(
 ) -> Iterator[Noun]:
     report = ReadReport() if report is None else report
     known: list[str] = []
-    for row in rows(path, on_bad_row=on_bad_row, report=report):
-        try:
-            name, records = convert(row)
-        except InputError as error:
-            if on_bad_row != "skip" and not isinstance(error, formats.TieError):
-                raise
-            report.skip(error)
-            continue
+    for row, (name, records) in _converted(path, convert, on_bad_row, report):
         if name not in known:
             known.append(name)
             report.format = "; ".join(known)
             log.info("%s: format: %s", row.file, name)
-        report.read += 1
         flat = [one for record in records for one in (record if isinstance(record, tuple) else (record,))]
         preferences = [one for one in flat if isinstance(one, Preference)]
         report.look_for_empty(
@@ -240,14 +232,21 @@ def convert_rows(
     Raises:
         InputError: For a bad row or file.
     """
-    report = ReadReport() if report is None else report
+    for _, value in _converted(path, convert, on_bad_row, ReadReport() if report is None else report):
+        yield value
+
+
+def _converted(
+    path: Rows, convert: Callable[[Row], Noun], on_bad_row: OnBadRow, report: ReadReport
+) -> Iterator[tuple[Row, Noun]]:
+    """Yield every row with the result of the function; ties are always skipped."""
     for row in rows(path, on_bad_row=on_bad_row, report=report):
         try:
             value = convert(row)
         except InputError as error:
-            if on_bad_row != "skip":
+            if on_bad_row != "skip" and not isinstance(error, formats.TieError):
                 raise
             report.skip(error)
             continue
         report.read += 1
-        yield value
+        yield row, value

@@ -32,7 +32,7 @@ PARQUET_BATCH = 64
 """Rows that are decoded at a time; few, because one row may hold megabytes."""
 IN_MEMORY = "row"
 """Name of rows in memory, for messages."""
-CHUNK = 1 << 20
+CHUNK_SIZE = 1 << 20
 """Characters of a JSON array that are read at a time."""
 
 Source = Iterator[Row | InputError]
@@ -97,7 +97,7 @@ def _file(file: str) -> Source:
         raise InputError(f"{file}: expected a file name that ends in {ACCEPTED}")
     try:
         if kind == PARQUET:
-            with pq.ParquetFile(file, buffer_size=CHUNK, pre_buffer=False) as parquet:
+            with pq.ParquetFile(file, buffer_size=CHUNK_SIZE, pre_buffer=False) as parquet:
                 yield from _parquet(parquet, file)
         else:
             with io.BufferedReader(pa.input_stream(file, compression=compression)) as stream:
@@ -177,11 +177,11 @@ def _array(stream: IO[bytes], name: str) -> Source:
                     raise InputError(f"{name}:{number + 1}: expected a JSON object, found {error}") from error
             elif buffer[at:].strip():
                 problem, curable = "no comma after the last element", False
-            more = reader.read(max(CHUNK, len(buffer) - at)) if curable else ""
+            more = reader.read(max(CHUNK_SIZE, len(buffer) - at)) if curable else ""
             if not more:
                 raise InputError(f"{name}:{number + 1}: expected the next element of a JSON array, found {problem}")
             buffer, at = buffer[at:] + more, 0
-        if (buffer[end.end() :] + reader.read(CHUNK)).strip():
+        if (buffer[end.end() :] + reader.read(CHUNK_SIZE)).strip():
             raise InputError(f"{name}:{number + 1}: expected nothing after the JSON array, found more text")
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: expected UTF-8, found an invalid byte in row {number + 1} or later") from error

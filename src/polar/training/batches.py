@@ -19,7 +19,7 @@ from polar.training.objectives import Objective, lexical_targets
 
 log = logging.getLogger(__name__)
 
-NAME_LENGTH = 40
+NAME_CHARACTERS = 40
 """Characters of a prompt in the name of an example."""
 
 
@@ -69,7 +69,7 @@ def examples_from_preferences(preferences: Iterable[Preference], template: Templ
 
 def _name(number: int, prompt: Text) -> str:
     words = " ".join(text_of(prompt).split())
-    return f'{number} ("{words[:NAME_LENGTH]}{"..." if len(words) > NAME_LENGTH else ""}")'
+    return f'{number} ("{words[:NAME_CHARACTERS]}{"..." if len(words) > NAME_CHARACTERS else ""}")'
 
 
 def _one_against_all(triple: Triple, negatives: Sequence[Text], template: Template, name: str) -> Example:

@@ -41,7 +41,7 @@ MAY_CHANGE = {"output", "eval_data", "log_steps", "save_steps", "eval_steps", "r
 """Settings that may differ when a run goes on; its sharding is in the layout."""
 RUN_FILES = ("config.yaml", "*.arrow", "trainer_state.json", "final", "runs")
 """Files of a run in its directory besides checkpoints (runs: of TensorBoard); everything else there is not ours."""
-LAUNCHER_ECHO = 1.0
+LAUNCHER_ECHO_SECONDS = 1.0
 """Seconds after Ctrl-C in which it is not taken for a second one: the terminal sends it to all processes, and launchers
 pass it on to theirs once more."""
 
@@ -125,7 +125,7 @@ class StopOnSignal(TrainerCallback):
             self.signal, self._heard = number, now
             again = "; once more ends it at once" if number == signal.SIGINT else ""
             log.warning("%s: saving after this step%s", signal.Signals(number).name, again)
-        elif number == signal.SIGINT and now > self._heard + LAUNCHER_ECHO:
+        elif number == signal.SIGINT and now > self._heard + LAUNCHER_ECHO_SECONDS:
             raise KeyboardInterrupt(f"ended at once; {self._same_command} goes on from the newest checkpoint")
 
 
@@ -205,7 +205,7 @@ def _require_same(run: Path, checkpoint: Path, now: dict[str, Any]) -> None:
             )
 
 
-class Reading(Generic[Record]):
+class RecordFiles(Generic[Record]):
     """The records of several files, one after the other, and afterwards the facts about the files."""
 
     def __init__(self, read: Callable[..., Iterator[Record]], paths: Sequence[str], on_bad_row: str) -> None:
@@ -261,7 +261,7 @@ def provenance_of(
     Args:
         config: The settings.
         base: From `base_facts`.
-        data: From `Reading.facts`.
+        data: From `RecordFiles.facts`.
         eval_data: The same of the held-out data.
         training: Groups, steps and figures of the run.
     """

@@ -27,13 +27,13 @@ log = logging.getLogger(__name__)
 Sharding = Literal["none", "fsdp", "deepspeed"]
 T = TypeVar("T")
 
-PATIENCE = timedelta(hours=12)
+MAX_WAIT = timedelta(hours=12)
 """Longest wait of a process for the others: the main one encodes a whole corpus meanwhile."""
 
 
 def join_processes() -> PartialState:
     """Return this process among those of the run; the first call connects them."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=MAX_WAIT)
 
 
 def largest(number: int) -> int:

@@ -33,10 +33,10 @@ SCHEMA = pa.schema(
         ("length", pa.int64()),
     ]
 )
-BATCH = 1000
+MAX_BATCH_EXAMPLES = 1000
 """Most examples that are written at a time."""
-BATCH_TOKENS = 1 << 18
-"""Tokens after which they are written, whatever their number; they take less than 100 MB of memory."""
+MAX_BATCH_TOKENS = 1 << 18
+"""Tokens after which they are written, whatever their number (less than 100 MB of memory)."""
 FINGERPRINT, SUMMARY = b"polar", b"summary"
 
 
@@ -137,7 +137,7 @@ def _batches(examples: Iterable[Example]) -> Iterator[list[dict[str, Any]]]:
     for example in examples:
         rows.append(_row(example))
         tokens += rows[-1]["length"]
-        if len(rows) == BATCH or tokens >= BATCH_TOKENS:
+        if len(rows) == MAX_BATCH_EXAMPLES or tokens >= MAX_BATCH_TOKENS:
             yield rows
             rows, tokens = [], 0
     if rows:

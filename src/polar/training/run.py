@@ -37,7 +37,7 @@ from polar.training.batches import (
 from polar.training.checkpoints import (
     Layout,
     MarkComplete,
-    Reading,
+    RecordFiles,
     StopOnSignal,
     base_facts,
     begin_run,
@@ -134,7 +134,7 @@ def _train(
         found = open_examples(file, fingerprint) if keep else None
         if found is not None:
             return found
-        reading, cut = Reading(read, paths, config.on_bad_row), Cut()
+        reading, cut = RecordFiles(read, paths, config.on_bad_row), Cut()
         made = drop_equal_pairs(require_all_fit(cut.count(encoded(reading)), start.model))
         return write_examples(file, made, fingerprint, lambda: {"data": reading.facts(), "cut": asdict(cut)})
 
@@ -267,7 +267,7 @@ def _starting_model(config: TrainConfig) -> RewardModel:
 
 
 def _tokenizer(config: PretrainConfig) -> Tokenizer:
-    triples = islice(Reading(read_triples, config.data, config.on_bad_row), TOKENIZER_TRAINING_TRIPLES)
+    triples = islice(RecordFiles(read_triples, config.data, config.on_bad_row), TOKENIZER_TRAINING_TRIPLES)
     texts = (
         text_of(text)
         for triple in triples

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from polar.core.errors import InputError
 
-WINDOW = 50
+WINDOW_BATCHES = 50
 """Batches' worth of shuffled examples that are sorted by length together."""
 
 
@@ -79,8 +79,8 @@ class BatchStream:
     def _sorted_turns(self, order: NDArray[np.int64]) -> list[list[NDArray[np.int64]]]:
         together = self.batch_size * self.processes
         turns = []
-        for start in range(0, len(order), WINDOW * together):
-            part = order[start : start + WINDOW * together]
+        for start in range(0, len(order), WINDOW_BATCHES * together):
+            part = order[start : start + WINDOW_BATCHES * together]
             part = part[np.argsort(-self.lengths[part], kind="stable")]
             turns += [part[first : first + together] for first in range(0, len(part), together)]
         # The last turn may be smaller.
