@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.utils import is_in_notebook
+from transformers.utils.import_utils import is_in_notebook
 
 from polar.core.errors import InputError
 from polar.core.files import refusal
