@@ -163,7 +163,8 @@ def test_rewards_through_workers_on_ray(server: Process, tokenizer: Any, policy:
     from verl.experimental.reward_loop import RewardLoopManager
 
     config = config_for(server.url, f"actor_rollout_ref.model.path={policy}", "reward.num_workers=2")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    # "local": never a cluster that somebody else has started on this machine.
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         data = data_of(tokenizer)
         found = RewardLoopManager(config).compute_rm_score(data)

@@ -250,7 +250,7 @@ def test_accuracy_and_margin_are_those_of_all_processes(data: str, tmp_path: Pat
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:
         try:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=240)
         finally:
             process.terminate()  # unlike a kill, it ends the processes that were launched
     assert process.returncode == 0, errors
