@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from trl.trainer.grpo_config import GRPOConfig
 
 import polar
+from polar.cli.main import main
 from polar.data.writers import open_writer
 from polar.evaluation.suites import read_suite
 from polar.training.config import FinetuneConfig, PretrainConfig, ScratchConfig
@@ -126,9 +127,10 @@ def test_the_python_of_the_docs_runs(tmp_path: Path) -> None:
     assert (tmp_path / "results" / "rm" / "summary.json").is_file()
 
 
-@pytest.mark.timeout(600)  # it starts fifteen commands one after the other
-def test_the_readmes_commands_run(tmp_path: Path, tokenizer: Tokenizer) -> None:
+@pytest.mark.timeout(600)  # it runs fifteen commands one after the other
+def test_the_readmes_commands_run(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every `polar` line, in order, where the files they name exist (short runs, a tiny official model)."""
+    monkeypatch.chdir(tmp_path)
     with open_writer(tmp_path / "prompts.jsonl") as writer:
         for number in range(30):
             writer.write({"prompt": f"What would you do with {number} apples?"})
@@ -154,6 +156,8 @@ def test_the_readmes_commands_run(tmp_path: Path, tokenizer: Tokenizer) -> None:
         "POLAR_PRETRAIN_MAX_RESPONSE_LENGTH": "64",
         "OMP_NUM_THREADS": "1",
     }
+    for name, value in short.items():
+        monkeypatch.setenv(name, value)
     lines = [line for block in readme_blocks("bash") for line in block.splitlines() if line.startswith("polar ")]
     assert [shlex.split(line)[1] for line in lines] == [
         *"score score convert score serve parity sample corpus corpus pair pretrain finetune eval rft-data".split()
@@ -164,14 +168,11 @@ def test_the_readmes_commands_run(tmp_path: Path, tokenizer: Tokenizer) -> None:
     server = None
     for line in lines:
         words = [word.replace("30000", port) for word in shlex.split(line, comments=True)[1:]]
-        options = {"text": True, "cwd": tmp_path, "env": {**os.environ, **short}}
-        command = [sys.executable, "-m", "polar.cli.main", *words]
         if words[0] == "serve":
-            server = subprocess.Popen(command, **options)
+            server = subprocess.Popen([sys.executable, "-m", "polar.cli.main", *words])
             wait_until_ready(f"http://127.0.0.1:{port}/ready")
             continue
-        result = subprocess.run(command, capture_output=True, timeout=120, check=False, **options)
-        assert result.returncode == 0, f"{line}\n{result.stderr}"
+        assert main(words) == 0, line
         if words[0] == "parity":
             server.send_signal(signal.SIGTERM)
             assert server.wait(30) == 0

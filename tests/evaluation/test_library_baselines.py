@@ -51,6 +51,7 @@ def test_libraries_that_are_missing_are_left_out_with_a_warning(
     assert "chrF is left out: pip install 'polar-rm[eval]'" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_real_embedding_model_is_loaded_from_its_directory(tmp_path: Path) -> None:
     library = pytest.importorskip("sentence_transformers", reason="needs the extra embeddings")
     from sentence_transformers.models import Pooling, Transformer
