@@ -139,9 +139,9 @@ def test_equal_rewards_keep_their_order_and_limits_come_before_the_best_k() -> N
     counts = Counts()
     rows = [{"reward": reward, "output": name} for reward, name in ((2.0, "a"), (1.0, "b"), (1.0, "c"), (0.0, "d"))]
     assert [row["output"] for row in _kept(rows, Limits(top_k=2, min_reward=1.0), counts)] == ["a", "b"]
-    assert (counts.kept, counts.low, counts.beyond, counts.without) == (2, 1, 1, 0)
+    assert (counts.kept, counts.below_limit, counts.beyond_top_k, counts.empty_prompts) == (2, 1, 1, 0)
     assert _kept(rows, Limits(min_reward=3.0), counts) == []
-    assert (counts.prompts, counts.low, counts.without) == (2, 5, 1)
+    assert (counts.prompts, counts.below_limit, counts.empty_prompts) == (2, 5, 1)
 
 
 def test_parquet_in_and_out(checkpoint: Path, tmp_path: Path) -> None:

@@ -65,12 +65,11 @@ class Counts:
     prompts: int = 0
     candidates: int = 0
     kept: int = 0
-    low: int = 0
-    """Below the least reward or z-score."""
-    beyond: int = 0
-    """Good enough, but not among the best k."""
-    without: int = 0
-    """Prompts of which nothing was kept."""
+    below_limit: int = 0
+    beyond_top_k: int = 0
+    """Above the limits, but not among the best k."""
+    empty_prompts: int = 0
+    """Prompts without a kept candidate."""
 
 
 def rank(
@@ -260,21 +259,21 @@ def _kept(rows: Sequence[dict[str, Any]], limits: Limits, counts: Counts) -> lis
     counts.prompts += 1
     counts.candidates += len(rows)
     counts.kept += len(kept)
-    counts.low += len(rows) - len(good)
-    counts.beyond += len(good) - len(kept)
-    counts.without += not kept
+    counts.below_limit += len(rows) - len(good)
+    counts.beyond_top_k += len(good) - len(kept)
+    counts.empty_prompts += not kept
     return kept
 
 
 def _summary(counts: Counts, limits: Limits) -> str:
     dropped = []
     if limits.min_reward is not None or limits.min_zscore is not None:
-        dropped.append(f"{counts.low:,} below the limit")
+        dropped.append(f"{counts.below_limit:,} below the limit")
     if limits.top_k is not None:
-        dropped.append(f"{counts.beyond:,} not among the best {limits.top_k}")
+        dropped.append(f"{counts.beyond_top_k:,} not among the best {limits.top_k}")
     text = f"{counts.prompts:,} prompts, {counts.candidates:,} candidates, {counts.kept:,} kept"
     if dropped:
-        text += f"; dropped: {', '.join(dropped)}; {counts.without:,} prompts keep nothing"
+        text += f"; dropped: {', '.join(dropped)}; {counts.empty_prompts:,} prompts keep nothing"
     return text + "\n"
 
 
