@@ -14,7 +14,7 @@ import pytest
 from polar import InputError
 from polar.cli.main import main
 from polar.core.metrics import clustered_mean
-from polar.evaluation.analysis import MISTAKES, bootstrap
+from polar.evaluation.analysis import MAX_MISTAKES, bootstrap
 from polar.evaluation.columns import Collected, Part
 from polar.evaluation.manifest import DatasetFacts, Manifest, ModelFacts, Task, write_manifest
 from polar.evaluation.page import model_card, page
@@ -275,7 +275,7 @@ def test_the_worst_mistakes_are_those_with_the_largest_margins(runs: list[Path],
         first, second = rewards_of((1.0, 0.0), 0.4, random)[MODEL]
         margins.append((second - first, f"prompt {number}"))
     worst = [one for one in report.mistakes if "weak" in one.models]
-    assert len(worst) == MISTAKES
+    assert len(worst) == MAX_MISTAKES
     largest = max(margins)
     found = {one.prompt.text: one for one in worst if one.part.dataset == "pairs"}
     assert largest[1] in found

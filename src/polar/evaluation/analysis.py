@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polar.core.html import Excerpt
-from polar.core.metrics import FEW_CLUSTERS, Estimate, Values, Verdict, clustered_mean
+from polar.core.metrics import MIN_CLUSTERS, Estimate, Values, Verdict, clustered_mean
 from polar.evaluation.columns import Candidates, Names, Outcomes, Part, digest, prompt_name
 from polar.evaluation.manifest import Manifest
 from polar.evaluation.records import MODEL, WITHOUT_REFERENCE, Record, read_records
@@ -26,7 +26,7 @@ from polar.evaluation.records import MODEL, WITHOUT_REFERENCE, Record, read_reco
 
 RESAMPLES = 4_000
 CONFIDENCE = 0.95
-CELLS = 1 << 22
+MAX_NUMBERS_AT_ONCE = 1 << 22
 """Most numbers that a bootstrap holds at a time."""
 
 
@@ -71,8 +71,8 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """Verdict on the first scorer by the interval; "cannot tell" also with fewer than `FEW_CLUSTERS` prompts."""
-        if self.difference.clusters < FEW_CLUSTERS or self.low <= 0 <= self.high:
+        """Verdict on the first scorer by the interval; "cannot tell" also with fewer than `MIN_CLUSTERS` prompts."""
+        if self.difference.clusters < MIN_CLUSTERS or self.low <= 0 <= self.high:
             return "cannot tell"
         return "better" if self.low > 0 else "worse"
 
@@ -120,7 +120,7 @@ def bootstrap(values: Values, clusters: Sequence[str] | Names, seed: int = 0) ->
     random, total = np.random.default_rng(seed), int(counts.sum())
     means: list[float] = []
     while len(means) < RESAMPLES:
-        size = min(RESAMPLES - len(means), max(1, CELLS // len(kinds)))
+        size = min(RESAMPLES - len(means), max(1, MAX_NUMBERS_AT_ONCE // len(kinds)))
         drawn = random.multinomial(total, counts / total, size) @ kinds
         means.extend((drawn[:, 0] / drawn[:, 1]).tolist())
     tail = (1 - CONFIDENCE) / 2
@@ -329,9 +329,9 @@ def _length_correlation(candidates: Candidates, inside: npt.NDArray[np.bool_]) -
 
 # Mistakes: the pairs that models get most wrong, with their texts, for people to read.
 
-MISTAKES = 12
+MAX_MISTAKES = 12
 """Of each model."""
-EXCERPT = 4000
+EXCERPT_CHARACTERS = 4000
 """Most characters of a text that are shown."""
 
 WrongPair = tuple[float, str, int, int, int, int]
@@ -416,4 +416,4 @@ def read_mistakes(found: Sequence[tuple[Run, Sequence[WrongPair]]]) -> Iterator[
 
 
 def _excerpt(text: str | None) -> Excerpt:
-    return Excerpt((text or "")[:EXCERPT], len(text or ""))
+    return Excerpt((text or "")[:EXCERPT_CHARACTERS], len(text or ""))

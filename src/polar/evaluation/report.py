@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from polar.core.errors import InputError
-from polar.core.metrics import FEW_CLUSTERS, Estimate
+from polar.core.metrics import MIN_CLUSTERS, Estimate
 from polar.core.records import AGGREGATES
 from polar.evaluation.analysis import (
     Comparison,
@@ -35,7 +35,7 @@ SCHEMA = "polar eval report 1"
 """Changes when a key of the JSON goes or means something else."""
 OF_A_MODEL = (MODEL, WITHOUT_REFERENCE)
 """Scorers that are different in every run; the others are baselines."""
-MANY_CUT = 0.1
+MAX_SHARE_CUT = 0.1
 """Share of truncated items from which on the report warns."""
 
 
@@ -215,8 +215,8 @@ def _comparisons(surveys: Sequence[Surveyed], lines: Sequence[Line], baselines: 
             group = line.part.task, line.part.dataset
             parts[group].append(line.part)
             known = {name: value.mean for name, value in line.values.items() if isinstance(value, Estimate)}
-            if line.part.whole and (rivals := [name for name in baselines if name in known]):
-                best[group] = max(rivals, key=known.__getitem__)
+            if line.part.whole and (candidates := [name for name in baselines if name in known]):
+                best[group] = max(candidates, key=known.__getitem__)
     models = [survey for survey in surveys if MODEL in survey.run.manifest.scorers]
     for (task, dataset), own in parts.items():
         sides = [Side(one.run.label, one.outcomes[task], MODEL) for one in models if task in one.outcomes]
@@ -271,7 +271,7 @@ def _warnings_of(survey: Surveyed) -> Iterator[str]:
             yield f"{dataset.name}: {dataset.skipped:,} rows could not be used{first}"
     whole = [result for result in survey.summary.results if result.dataset is not None and _part_of(result).whole]
     if cut := [
-        f"{one.dataset} ({one.truncated / one.items:.0%})" for one in whole if one.truncated > MANY_CUT * one.items
+        f"{one.dataset} ({one.truncated / one.items:.0%})" for one in whole if one.truncated > MAX_SHARE_CUT * one.items
     ]:
         yield f"Items were cut to fit the model: {', '.join(cut)}. Measures of overlap read all of them."
     if copies := [
@@ -281,5 +281,5 @@ def _warnings_of(survey: Surveyed) -> Iterator[str]:
             f"A best candidate is the reference word by word: {', '.join(copies)}. Measures of overlap prefer it by "
             "construction."
         )
-    if few := [one.dataset or "" for one in whole if next(iter(one.accuracy.values())).clusters < FEW_CLUSTERS]:
-        yield f"Fewer than {FEW_CLUSTERS} prompts, so there are no verdicts: {', '.join(few)}."
+    if few := [one.dataset or "" for one in whole if next(iter(one.accuracy.values())).clusters < MIN_CLUSTERS]:
+        yield f"Fewer than {MIN_CLUSTERS} prompts, so there are no verdicts: {', '.join(few)}."

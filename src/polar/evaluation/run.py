@@ -127,7 +127,7 @@ def evaluate(
     if model is None and server_address is not None:
         raise InputError("give either a server address or the baselines alone: a server has a model")
     chosen = suite if isinstance(suite, Suite) else read_suite(str(suite), data, reference)
-    rivals = baselines(embedding)
+    baseline_scorers = baselines(embedding)
     opened: AbstractContextManager[Model | None] = nullcontext()
     if model is not None:
         opened = open_model(
@@ -153,7 +153,7 @@ def evaluate(
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             suite="flags" if isinstance(suite, Suite) else str(suite),
             model=facts,
-            scorers=(*own, *rivals),
+            scorers=(*own, *baseline_scorers),
             settings={
                 "limit": limit,
                 "on_bad_row": on_bad_row,
@@ -165,7 +165,7 @@ def evaluate(
             datasets=planned(chosen),
         )
         directory = Path(output or temporary.enter_context(TemporaryDirectory(prefix="polar-eval-")))
-        _record_items(chosen, directory, manifest, rewarding, rivals, progress)
+        _record_items(chosen, directory, manifest, rewarding, baseline_scorers, progress)
         summary = summarise(directory)
         write_json(directory / SUMMARY, summary.content())
         weakref.finalize(summary, temporary.pop_all().close)

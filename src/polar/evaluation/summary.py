@@ -21,7 +21,7 @@ import numpy as np
 from polar.core.files import new_directory, on_disk, write_json
 from polar.core.metrics import Estimate, area_under_curve, clustered_mean, ordered_shares, outcomes, paired_difference
 from polar.core.records import AGGREGATES, aggregated
-from polar.evaluation.analysis import MISTAKES, Diagnosis, Draws, Point, WrongPair, curve, diagnose, wrong_pairs
+from polar.evaluation.analysis import MAX_MISTAKES, Diagnosis, Draws, Point, WrongPair, curve, diagnose, wrong_pairs
 from polar.evaluation.columns import Collected, Numbers, Outcomes, Part, chunks, prompt_name
 from polar.evaluation.manifest import TASKS, Manifest, Task, read_manifest, write_manifest
 from polar.evaluation.official import official_scores
@@ -30,10 +30,10 @@ from polar.evaluation.records import MODEL, RECORDS, Record, read_records
 SUMMARY = "summary.json"
 """The file that holds a summary, beside the manifest."""
 
-RIVAL = "unigram F1"
+COMPARED_BASELINE = "unigram F1"
 """The baseline that the model is compared with item by item."""
 
-FIRST = "the first reference alone"
+FIRST_REFERENCE = "the first reference alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Result:
     accuracy: dict[str, Estimate]
     """By scorer."""
     difference: Estimate | None
-    """Accuracy of the model minus that of `RIVAL`, paired by item; None without a model."""
+    """Accuracy of the model minus that of `COMPARED_BASELINE`, paired by item; None without a model."""
     rank_correlation: dict[str, Estimate] | None
     """Kendall's tau-b, where items have three or more candidates."""
     area: dict[str, Estimate] | None
@@ -173,7 +173,7 @@ class Referenced:
 
     prompts: array[int] = field(default_factory=lambda: array("Q"))
     shares: defaultdict[tuple[str, str], array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
-    """By what was made of the rewards (`FIRST`, or an aggregate) and scorer: pairs in the right order."""
+    """By what was made of the rewards (`FIRST_REFERENCE`, or an aggregate) and scorer: pairs in the right order."""
 
     def add(self, records: Sequence[Record]) -> None:
         """Take the records that have several references, and candidates of unequal quality."""
@@ -182,7 +182,7 @@ class Referenced:
         quality = [item.quality for item in items]
         for scorer in items[0].rewards if items else ():
             rewards = [(item.by_reference or {})[scorer] for item in items]
-            self.shares[FIRST, scorer].extend(ordered_shares(quality, [each[0] for each in rewards]))
+            self.shares[FIRST_REFERENCE, scorer].extend(ordered_shares(quality, [each[0] for each in rewards]))
             for how in AGGREGATES:
                 self.shares[how, scorer].extend(ordered_shares(quality, [aggregated(each, how) for each in rewards]))
 
@@ -228,7 +228,7 @@ def survey_of(manifest: Manifest, records: Iterable[Record]) -> Survey:
             draws[dataset].add(chunk)
         if dataset in official:
             scored[dataset] += chunk
-        worst = heapq.nlargest(MISTAKES, [*worst, *wrong_pairs(chunk)])
+        worst = heapq.nlargest(MAX_MISTAKES, [*worst, *wrong_pairs(chunk)])
     by_task = {task: columns.outcomes(task, manifest.scorers) for task, columns in collected.items()}
     return Survey(
         manifest,
@@ -306,7 +306,7 @@ def _result(outcomes: Outcomes, part: Part) -> Result:
         slice=part.slice,
         items=len(items),
         accuracy={name: clustered_mean(shares[name], prompts) for name in scorers},
-        difference=paired_difference(shares[MODEL], shares[RIVAL], prompts) if MODEL in shares else None,
+        difference=paired_difference(shares[MODEL], shares[COMPARED_BASELINE], prompts) if MODEL in shares else None,
         rank_correlation={name: clustered_mean(correlations[name][items], prompts) for name in scorers}
         if correlations is not None and several
         else None,
@@ -343,6 +343,6 @@ def _several_references(dataset: str, own: Referenced, scorers: Sequence[str]) -
         dataset,
         {
             how: {name: clustered_mean(np.array(own.shares[how, name]), prompts) for name in scorers}
-            for how in (FIRST, *AGGREGATES)
+            for how in (FIRST_REFERENCE, *AGGREGATES)
         },
     )

@@ -10,10 +10,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Cell
 
-from polar.core.metrics import FEW_CLUSTERS, Estimate
+from polar.core.metrics import MIN_CLUSTERS, Estimate
 from polar.evaluation.manifest import TASKS
 from polar.evaluation.records import MODEL
-from polar.evaluation.summary import RIVAL, BestOfN, Official, Result, Sensitivity, SeveralReferences, Summary
+from polar.evaluation.summary import (
+    COMPARED_BASELINE,
+    BestOfN,
+    Official,
+    Result,
+    Sensitivity,
+    SeveralReferences,
+    Summary,
+)
 
 MAX_OFFICIAL_NUMBERS = 9
 """Columns for a benchmark's own numbers; all of them are in the summary."""
@@ -52,8 +60,8 @@ def _accuracies(task: str, results: Sequence[Result]) -> Table:
     caption = "accuracy in % ± its standard error"
     if MODEL in scorers:
         caption += (
-            f"; difference: {MODEL} minus {RIVAL}; cannot tell: within two standard errors, "
-            f"or fewer than {FEW_CLUSTERS} prompts"
+            f"; difference: {MODEL} minus {COMPARED_BASELINE}; cannot tell: within two standard errors, "
+            f"or fewer than {MIN_CLUSTERS} prompts"
         )
     table = _table(task, headings if MODEL in scorers else headings[:-2], caption)
     for result in results:
@@ -132,7 +140,7 @@ def _notes(summary: Summary) -> Iterator[str]:
         if result.reference_copies:
             yield (
                 f"{result.dataset}: in {result.reference_copies} of {result.items} items the better candidate is the "
-                f"reference itself, so {RIVAL} is right there by construction"
+                f"reference itself, so {COMPARED_BASELINE} is right there by construction"
             )
         if result.truncated:
             yield f"{result.dataset}: {result.truncated} of {result.items} items were cut to fit the model"
