@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polar.core.html import Excerpt
-from polar.core.metrics import MIN_CLUSTERS, Estimate, Values, Verdict, clustered_mean
+from polar.core.metrics import FEW_CLUSTERS, Estimate, Values, Verdict, clustered_mean
 from polar.evaluation.columns import Candidates, Names, Outcomes, Part, digest, prompt_name
 from polar.evaluation.manifest import Manifest
 from polar.evaluation.records import MODEL, WITHOUT_REFERENCE, Record, read_records
@@ -71,8 +71,8 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """Verdict on the first scorer by the interval; "cannot tell" also with fewer than `MIN_CLUSTERS` prompts."""
-        if self.difference.clusters < MIN_CLUSTERS or self.low <= 0 <= self.high:
+        """Verdict on the first scorer by the interval; "cannot tell" also with fewer than `FEW_CLUSTERS` prompts."""
+        if self.difference.clusters < FEW_CLUSTERS or self.low <= 0 <= self.high:
             return "cannot tell"
         return "better" if self.low > 0 else "worse"
 

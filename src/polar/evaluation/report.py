@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from polar.core.errors import InputError
-from polar.core.metrics import MIN_CLUSTERS, Estimate
+from polar.core.metrics import FEW_CLUSTERS, Estimate
 from polar.core.records import AGGREGATES
 from polar.evaluation.analysis import (
     Comparison,
@@ -281,5 +281,5 @@ def _warnings_of(survey: Surveyed) -> Iterator[str]:
             f"A best candidate is the reference word by word: {', '.join(copies)}. Measures of overlap prefer it by "
             "construction."
         )
-    if few := [one.dataset or "" for one in whole if next(iter(one.accuracy.values())).clusters < MIN_CLUSTERS]:
-        yield f"Fewer than {MIN_CLUSTERS} prompts, so there are no verdicts: {', '.join(few)}."
+    if few := [one.dataset or "" for one in whole if next(iter(one.accuracy.values())).clusters < FEW_CLUSTERS]:
+        yield f"Fewer than {FEW_CLUSTERS} prompts, so there are no verdicts: {', '.join(few)}."

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Cell
 
-from polar.core.metrics import MIN_CLUSTERS, Estimate
+from polar.core.metrics import FEW_CLUSTERS, Estimate
 from polar.evaluation.manifest import TASKS
 from polar.evaluation.records import MODEL
 from polar.evaluation.summary import (
@@ -61,7 +61,7 @@ def _accuracies(task: str, results: Sequence[Result]) -> Table:
     if MODEL in scorers:
         caption += (
             f"; difference: {MODEL} minus {COMPARED_BASELINE}; cannot tell: within two standard errors, "
-            f"or fewer than {MIN_CLUSTERS} prompts"
+            f"or fewer than {FEW_CLUSTERS} prompts"
         )
     table = _table(task, headings if MODEL in scorers else headings[:-2], caption)
     for result in results:
