@@ -334,6 +334,7 @@ def test_a_killed_run_leaves_no_half_result(tmp_path: Path, checkpoint: Path) ->
     assert not target.exists()
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_while_scoring(tmp_path: Path, checkpoint: Path) -> None:
     """Ten times the rows, at most a few MB more (a row's texts alone are 8 kB)."""
 
