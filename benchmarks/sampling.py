@@ -1,7 +1,7 @@
 """What `polar sample` costs beside the engine itself: planning, saving, sorting into shards.
 
-Each load is sampled by the bare engine and by `polar.corpus.sample.sample`, in turn, in one process; the ratio of a
-round is what counts, since the machine may be busy with other things.
+Each load is sampled by the bare engine and by `polar.corpus.sample.sample_plan`, in turn, in one process; the ratio
+of a round is what counts, since the machine may be busy with other things.
 
 - transformers: a random Llama of 20 M parameters, 128 samples of 64 tokens in batches of 16. The model is loaded once
   for both sides. Then the engine itself against the plain `generate(do_sample=True)` of the library on the same
@@ -32,7 +32,7 @@ from polar.corpus.engines import Engine, Request, Result
 from polar.corpus.engines.http import HttpSampler
 from polar.corpus.plan import BUNDLED_TOKENIZER, Batch, Plan, Prompt
 from polar.corpus.pool import HttpEngine, Pool, TransformersEngine
-from polar.corpus.sample import sample
+from polar.corpus.sample import sample_plan
 
 LATENCIES = (0.25, 1.0)
 """Seconds."""
@@ -100,7 +100,7 @@ def _seconds(run: Callable[[], None]) -> float:
 
 def _with_polar(plan: Plan, prompts: list[Prompt], open_engine: Callable[[], Engine]) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        report = sample(plan, prompts, directory, open_engine=lambda policy: open_engine())
+        report = sample_plan(plan, prompts, directory, open_engine=lambda policy: open_engine())
         assert report.drawn == report.expected
 
 

@@ -280,7 +280,8 @@ def test_a_server_that_comes_back_as_a_liar_is_not_used(served: Path, expected: 
         thread.join()
     assert liar is not None
     liar.stop()
-    assert all(batch == first.batches[0] for batch in liar.batches)
+    strange = [batch for batch in liar.batches if batch != first.batches[0]]
+    assert len(strange) <= LIMITS.concurrency  # on their way when it came up; their answers do not count
 
 
 def test_the_last_server_gone_bad_fails_what_is_left_with_the_reason(served: Path) -> None:

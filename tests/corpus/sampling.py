@@ -11,7 +11,7 @@ from polar.core.records import prompt_id
 from polar.corpus.engines import Completion, Failure, Request, Result
 from polar.corpus.plan import Plan, Prompt
 from polar.corpus.pool import Policy, Pool
-from polar.corpus.sample import sample
+from polar.corpus.sample import sample_plan
 
 
 def pool(names: str = "abcd", **engine: object) -> Pool:
@@ -59,4 +59,4 @@ def slow_engine(policy: Policy) -> SeededEngine:
 
 
 if __name__ == "__main__":
-    sample(Plan(pool()), prompts(240), sys.argv[1], shard_prompts=20, open_engine=slow_engine)
+    sample_plan(Plan(pool()), prompts(240), sys.argv[1], shard_prompts=20, open_engine=slow_engine)

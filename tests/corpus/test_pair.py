@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from polar.core.errors import InputError
 from polar.core.records import Message, Text, Trajectory, Triple, prompt_id, text_of
-from polar.corpus.pair import PairReport, pair
+from polar.corpus.pair import pair
+from polar.corpus.strategies import PairReport
 
 settings.register_profile("sorting", max_examples=15, deadline=None)  # every example opens a database
 SORTING = settings.get_profile("sorting")

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from polar.core.errors import InputError
 from polar.core.records import Message, Text, Trajectory, prompt_id, text_of
-from polar.corpus import sorting
-from polar.corpus.pair import pair
-from polar.corpus.sorting import decoded, open_sorter
+from polar.corpus.pair import open_sorter, pair
+from polar.corpus.strategies import decoded
 
 TEXTS = st.text(max_size=12) | st.text("\0 =[]a\n\U0010ffff", max_size=4)
 DIALOGUES = st.lists(st.builds(Message, TEXTS, TEXTS), min_size=1, max_size=3).map(tuple)
@@ -70,7 +69,7 @@ def test_a_lone_surrogate_is_refused_in_one_line() -> None:
 def test_what_does_not_fit_into_memory_goes_to_disk_and_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sorting, "MEMORY", "20MB")
+    monkeypatch.setattr("polar.corpus.pair.MEMORY", "20MB")
     triples = pair(large_corpus(), temporary=tmp_path)
     first = next(triples)
     (directory,) = tmp_path.iterdir()
@@ -98,7 +97,7 @@ def test_the_temporary_files_are_removed_when_reading_fails_or_the_caller_stops(
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sorting, "MEMORY", "20MB")
+    monkeypatch.setattr("polar.corpus.pair.MEMORY", "20MB")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the kernel refuses writes from here on
     try:

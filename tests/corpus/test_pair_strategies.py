@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from polar.core.errors import InputError
 from polar.core.records import Trajectory, Triple, text_of
-from polar.corpus.pair import PairReport, pair
-from polar.corpus.strategies import Lineage, candidate_negatives, read_lineages
+from polar.corpus.pair import pair
+from polar.corpus.strategies import Lineage, PairReport, candidate_negatives, read_lineages
 
 LINEAGES = {
     "a10": Lineage("a", 10),

@@ -22,7 +22,7 @@ from polar.corpus import journal
 from polar.corpus.engines import Failure, Request
 from polar.corpus.plan import Plan
 from polar.corpus.pool import Policy
-from polar.corpus.sample import SampleReport, sample
+from polar.corpus.sample import SampleReport, sample_plan
 from polar.data.readers import read_trajectories
 from tests.corpus.sampling import SeededEngine, files, pool, prompts
 
@@ -31,7 +31,7 @@ OpenEngine = Callable[[Policy], SeededEngine]
 
 
 def run(directory: Path, plan: Plan = PLAN, count: int = 50, open_engine: OpenEngine = SeededEngine) -> SampleReport:
-    return sample(plan, prompts(count), str(directory), shard_prompts=20, open_engine=open_engine)
+    return sample_plan(plan, prompts(count), str(directory), shard_prompts=20, open_engine=open_engine)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_one_dead_policy_does_not_stop_the_others(tmp_path: Path) -> None:
 
 
 def test_killed_twenty_times_it_ends_with_the_undisturbed_corpus(tmp_path: Path) -> None:
-    sample(Plan(pool()), prompts(240), str(tmp_path / "whole"), shard_prompts=20, open_engine=SeededEngine)
+    sample_plan(Plan(pool()), prompts(240), str(tmp_path / "whole"), shard_prompts=20, open_engine=SeededEngine)
     moments = random.Random(3)
     for _ in range(20):
         process = start(tmp_path / "killed")
@@ -255,7 +255,7 @@ def test_the_systems_own_limit_on_files_is_one_line_too(tmp_path: Path) -> None:
         "from tests.corpus.sampling import *\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))\n"
         "from polar.core.errors import InputError\n"
-        "try:\n    sample(Plan(pool()), prompts(200), sys.argv[1], open_engine=SeededEngine)\n"
+        "try:\n    sample_plan(Plan(pool()), prompts(200), sys.argv[1], open_engine=SeededEngine)\n"
         "except InputError as error: print(error)\n"
     )
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
@@ -268,7 +268,7 @@ def test_the_systems_own_limit_on_files_is_one_line_too(tmp_path: Path) -> None:
         check=False,
     )
     assert "cannot be written: File too large" in result.stdout, result.stderr
-    run_again = sample(PLAN, prompts(200), str(tmp_path), open_engine=SeededEngine)
+    run_again = sample_plan(PLAN, prompts(200), str(tmp_path), open_engine=SeededEngine)
     assert run_again.found + run_again.drawn == 600
 
 
@@ -311,7 +311,7 @@ def test_a_directory_with_other_things_is_refused(tmp_path: Path) -> None:
 
 
 def test_repeated_prompts_are_asked_once(tmp_path: Path) -> None:
-    report = sample(PLAN, [*prompts(5), *prompts(7)], str(tmp_path), open_engine=SeededEngine)
+    report = sample_plan(PLAN, [*prompts(5), *prompts(7)], str(tmp_path), open_engine=SeededEngine)
     assert report.drawn == 21
     assert (report.manifest["prompts"], report.manifest["repeated_prompts"]) == (7, 5)
 

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import queue
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from tenacity import wait_none
 
 from polar.cli.main import main
-from polar.corpus.engines import http
+from polar.core import http
 from polar.rft.dataset import MESSAGES, TEXTS
 from polar.rft.prompts import BOXED
-from tests.corpus.engines.scripted import Reply, Script, Server, serving
+from tests.servers import Reply, Script, Server
 
 ROWS = [
     {"chosen": "\n\nHuman: hi\n\nAssistant: hello", "rejected": "\n\nHuman: hi\n\nAssistant: no"},
@@ -189,27 +183,6 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
 # References by a model
 
 
-@contextmanager
-def answering(script: Script) -> Iterator[Server]:
-    """A server in a thread."""
-    started: queue.Queue[Any] = queue.Queue()
-
-    async def run() -> None:
-        async with serving(script) as server:
-            done = asyncio.Event()
-            started.put((server, asyncio.get_running_loop(), done))
-            await done.wait()
-
-    thread = threading.Thread(target=asyncio.run, args=(run(),))
-    thread.start()
-    server, loop, done = started.get(timeout=10)
-    try:
-        yield server
-    finally:
-        loop.call_soon_threadsafe(done.set)
-        thread.join(10)
-
-
 def answer(text: str, finish_reason: str = "stop") -> Reply:
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
     return Reply(body={"choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": 5}})
@@ -232,7 +205,7 @@ PROMPTS = [{"prompt": name, "answer": name} for name in ("a", "b", "cut", "a", "
 
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "BACKOFF", wait_none())
+    monkeypatch.setattr(http, "FIRST_PAUSE_SECONDS", 0.0)
 
 
 def asking(server: Server, tmp_path: Path, *more: str) -> list[object]:
@@ -245,7 +218,7 @@ def test_a_model_gives_several_references_per_prompt(
 ) -> None:
     write(tmp_path / "prompts.jsonl", PROMPTS)
     monkeypatch.setenv("BIG_KEY", "sk-secret")
-    with answering(says) as server:
+    with Server(says) as server:
         arguments = asking(server, tmp_path, "--references-key-env", "BIG_KEY", "--temperature", "0.5")
         assert make(*arguments) == 0
         asked = len(server.bodies)
@@ -255,7 +228,7 @@ def test_a_model_gives_several_references_per_prompt(
     assert {body["max_tokens"] for body in server.bodies} == {4096}
     assert not any("top_k" in body for body in server.bodies)
     assert len({body["seed"] for body in server.bodies}) == 18
-    assert "authorization: bearer sk-secret" in server.heads[0].lower()
+    assert server.headers[0]["authorization"] == "Bearer sk-secret"
     found = pq.read_table(tmp_path / "train.parquet").to_pylist()
     assert [(row["extra_info"]["answer"], len(row["extra_info"]["references"])) for row in found] == [
         ("a", 3),
@@ -285,11 +258,11 @@ def test_failures_are_set_aside_and_tried_again(
         return says(number, body)
 
     script: list[Script] = [refuses]
-    with answering(lambda number, body: script[0](number, body)) as server:
+    with Server(lambda number, body: script[0](number, body)) as server:
         assert make(*asking(server, tmp_path)) == 2
         error = capsys.readouterr().err
         assert f"3 of 9 references could not be drawn (most often, 3 times, big: {server.url}/chat/comp" in error
-        assert "set aside 1: no answer from the model; the first: prompt 1 (" in error
+        assert "skipped 1: no answer from the model; the first: prompt 1 (" in error
         assert "content filter" in error
         assert "the same command tries these again" in error
         assert pq.read_table(tmp_path / "train.parquet")["data_source"].to_pylist() == ["prompts"] * 2
@@ -308,7 +281,7 @@ def test_a_server_that_gives_nothing_is_named_and_asked_again(
     """A wrong key, or a dead server: nothing is written, nothing is taken for complete."""
     write(tmp_path / "prompts.jsonl", PROMPTS[:2] + PROMPTS[-1:])
     script: list[Script] = [lambda number, body: reply]
-    with answering(lambda number, body: script[0](number, body)) as server:
+    with Server(lambda number, body: script[0](number, body)) as server:
         arguments = asking(server, tmp_path, "--deadline", "0.3", "--concurrency", "2")
         for _ in range(2):
             before = len(server.bodies)
@@ -327,7 +300,7 @@ def test_a_server_that_gives_nothing_is_named_and_asked_again(
 def test_a_run_that_is_killed_goes_on(tmp_path: Path) -> None:
     """SIGKILL in mid-run; no answer that was saved is asked for again."""
     write(tmp_path / "prompts.jsonl", [{"prompt": f"question {number}"} for number in range(200)])
-    with answering(says) as server:
+    with Server(says) as server:
         arguments = [str(word) for word in asking(server, tmp_path, "--concurrency", "4")]
         command = [sys.executable, "-m", "polar.cli.main", "rft-data", *arguments]
         parts = tmp_path / "train.parquet.references" / "_job" / "parts"

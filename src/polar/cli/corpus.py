@@ -173,7 +173,7 @@ def report(
         on_bad_row: "skip" leaves unreadable rows out and says how many.
     """
     from polar.core.html import visible
-    from polar.corpus.page import page
+    from polar.corpus.report import page
     from polar.corpus.statistics import read_samples, statistics
     from polar.data.readers import ReadReport
 

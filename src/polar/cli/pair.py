@@ -13,10 +13,9 @@ from rich.table import Table
 from polar.cli.common import Inputs, OnBadRow, progress_bar
 from polar.core.errors import InputError
 from polar.core.records import Wrapper
-from polar.corpus.strategies import Strategy
+from polar.corpus.strategies import PairReport, Strategy
 
 if TYPE_CHECKING:
-    from polar.corpus.pair import PairReport
     from polar.data.readers import ReadReport
 
 MAX_POLICIES_SHOWN = 5
@@ -79,11 +78,10 @@ def pair(
         policy_counts: File (.jsonl or .parquet) for how often every policy is positive and negative.
     """
     from polar.corpus import pair as pairing
-    from polar.corpus.strategies import read_lineages
     from polar.data.readers import ReadReport, read_trajectories
     from polar.data.writers import open_writer, record_to_dict
 
-    read, report = ReadReport(), pairing.PairReport()
+    read, report = ReadReport(), PairReport()
     console = Console(stderr=True)
     rows = (row for path in inputs for row in read_trajectories(path, on_bad_row=on_bad_row, report=read))
     with open_writer(output) as writer, progress_bar(console) as progress:
@@ -92,7 +90,7 @@ def pair(
             per_prompt=per_prompt,
             negatives=negatives,
             strategy=strategy,
-            lineages=None if policies_table is None else read_lineages(policies_table),
+            lineages=policies_table,
             balance=balance,
             match_length=match_length,
             seed=seed,

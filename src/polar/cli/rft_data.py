@@ -12,9 +12,17 @@ from rich.console import Console
 from polar.cli.common import Inputs, OnBadRow, progress_bar
 from polar.core.errors import InputError
 from polar.core.files import on_disk
+from polar.corpus.references import Asking, ask_for_references
 from polar.corpus.sample import SampleReport
-from polar.rft.dataset import DataReport, Framework, Reading, first_examples, read_tasks, write_tasks
-from polar.rft.references import Asking, ask_for_references, with_references
+from polar.rft.dataset import (
+    DataReport,
+    Framework,
+    Reading,
+    first_examples,
+    read_tasks,
+    with_references,
+    write_tasks,
+)
 
 
 def rft_data(
@@ -138,7 +146,7 @@ def _ask(reading: Reading, directory: Path, asking: Asking, console: Console) ->
     """
     if "-" in reading.paths:
         raise InputError("references_from needs files, because they are read twice; found - (stdin)")
-    tasks = read_tasks(reading, DataReport())  # they are counted when they are read again
+    prompts = (task.prompt for task in read_tasks(reading, DataReport()))  # they are counted when they are read again
     with progress_bar(console) as progress:
         bar = progress.add_task("references", total=None)
 
@@ -146,7 +154,7 @@ def _ask(reading: Reading, directory: Path, asking: Asking, console: Console) ->
             progress.reset(bar, total=report.expected - report.found)
 
         report = ask_for_references(
-            tasks, directory, asking, begin=begin, progress=lambda count: progress.advance(bar, count)
+            prompts, directory, asking, begin=begin, progress=lambda count: progress.advance(bar, count)
         )
     shortfall = report.shortfall("references")
     if not report.found and not report.drawn:

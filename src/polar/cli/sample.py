@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from polar.cli.common import Inputs, OnBadRow, progress_bar
-from polar.core.errors import InputError
 
 if TYPE_CHECKING:
     from polar.corpus.journal import Totals
@@ -76,32 +75,18 @@ def sample(
         ray: Sample on a Ray cluster: its address, "auto", or "local" for a new one on this machine.
         on_bad_row: "skip" leaves unreadable rows out and says how many.
     """
-    from polar.corpus import engines
     from polar.corpus import sample as sampling
-    from polar.corpus.engines import cluster
-    from polar.corpus.engines.local import check
     from polar.corpus.journal import Totals
-    from polar.corpus.plan import Plan, read_prompts
-    from polar.corpus.pool import read_pool
     from polar.data.readers import ReadReport
 
-    for flag, number in (("samples", samples), ("shard_prompts", shard_prompts)):
-        if number < 1:
-            raise InputError(f"{flag} must be at least 1, found {number}")
     read, console = ReadReport(), Console(stderr=True)
-    plan = Plan(read_pool(pool), design, samples, seed)
-    if ray is None:
-        open_engine = engines.open_engine
-        for policy in plan.pool.policies:
-            check(policy)
-    else:
-        open_engine = cluster.open_on_cluster
-        cluster.connect(ray)
     with progress_bar(console) as progress:
         task = progress.add_task("sampling", total=None)
         spent = Totals()
 
         def begin(report: SampleReport) -> None:
+            if transformers := sys.modules.get("transformers"):  # imported by now where a policy needs it
+                transformers.utils.logging.disable_progress_bar()
             progress.reset(task, total=report.expected - report.found)
 
         def advance(totals: Totals) -> None:
@@ -111,20 +96,28 @@ def sample(
             rate = progress.tasks[0].finished_speed or progress.tasks[0].speed or 0
             progress.update(task, description=f"sampling ({rate:,.1f}/s, {_tokens(spent)})")
 
-        report = sampling.sample(
-            plan,
-            read_prompts(inputs, on_bad_row=on_bad_row, report=read),
-            output,
-            shard_prompts=shard_prompts,
-            open_engine=open_engine,
-            begin=begin,
-            progress=advance,
-        )
+        try:
+            report = sampling.sample(
+                inputs,
+                pool,
+                output,
+                design=design,
+                samples=samples,
+                seed=seed,
+                shard_prompts=shard_prompts,
+                ray=ray,
+                on_bad_row=on_bad_row,
+                read=read,
+                begin=begin,
+                progress=advance,
+            )
+        except sampling.IncompleteError as error:
+            progress.stop()
+            console.print(_table(error.report))
+            raise
     console.print(_table(report))
     if read.skipped:
         sys.stderr.write(f"skipped {read.skipped} unreadable rows\n")
-    if shortfall := report.shortfall():
-        raise InputError(f"{output}: {shortfall}")
     sys.stderr.write(f"wrote {report.manifest['totals']['samples']} samples to {output}\n")
 
 

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from polar.core.errors import EngineError
-from polar.core.http import BrokenError
 
 ServerType = Literal["auto", "polar", "vllm", "vllm-pooling", "sglang", "sglang-embeddings", "lmdeploy"]
 
@@ -29,7 +28,7 @@ Answer = float | str
 """A reward, or why there is none."""
 
 
-class NonsenseError(BrokenError):
+class NonsenseError(Exception):
     """A reply that does not follow the engine's format, so that no part of it can be trusted."""
 
 
@@ -82,7 +81,7 @@ FAMILIES: dict[str, list[Engine]] = {
     "sglang": [ENGINES["sglang"], ENGINES["sglang-embeddings"]],
     "lmdeploy": [ENGINES["lmdeploy"]],
 }
-"""What can be tried at a server that says who it is (`owned_by` in `/v1/models`), best first."""
+"""Engines to try at a server that says who it is (`owned_by` in `/v1/models`), best first."""
 
 
 async def ways_to_ask(server_type: ServerType, get: Callable[[str], Awaitable[Any]]) -> list[Engine]:

@@ -32,7 +32,7 @@ SAME = 1e-4
 
 
 def diagnose(probes: Sequence[Probe], answers: Sequence[Answer]) -> str | None:
-    """Why a server's answers to the probes are not their rewards, and what mends it; None when they are.
+    """Return why a server's answers to the probes are not their rewards, and what fixes it; None when they are.
 
     The answers are numbers or reasons, one per probe.
     """

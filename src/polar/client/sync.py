@@ -208,7 +208,7 @@ class RewardModelClient:
         return text
 
     def _ids(self, text: str) -> list[int]:
-        """What a server's tokenizer makes of a text: special tokens that it spells become tokens."""
+        """Return the ids of a text as a server's tokenizer makes them: special tokens that it spells become tokens."""
         bos = self.template.settings.bos_token_id
         return [*([] if bos is None else [bos]), *self.template.tokenizer.encode(text, add_special_tokens=False).ids]
 

@@ -76,7 +76,7 @@ class Server:
     engine: Engine | None = None
     """How it is asked; None until it is proven."""
     checkpoint: str | None = None
-    """What `polar serve` calls the checkpoint that was proven; None for servers that do not name theirs."""
+    """Name that `polar serve` gives to the proven checkpoint; None for servers that name none."""
     in_flight: int = 0
     failures: int = 0
     """In a row."""
@@ -140,6 +140,10 @@ def open_servers(server_address: str | Sequence[str], server_type: ServerType, l
         Server(Endpoint(address, key, limits.concurrency + 1), kind)
         for address, kind in parse_addresses(server_address, server_type)
     ]
+
+
+class _NonsenseReplyError(BrokenError):
+    """The server answered, but not in the format of its engine."""
 
 
 class Transport:
@@ -237,7 +241,7 @@ class Transport:
         try:
             return engine.read(parse_json(content), sequences)
         except NonsenseError as error:
-            raise NonsenseError(server.endpoint.line(f"{error}; it says: {error_message(content)}")) from None
+            raise _NonsenseReplyError(server.endpoint.line(f"{error}; it says: {error_message(content)}")) from None
 
     async def get(self, server: Server, path: str) -> Any:
         """Return the JSON at a path of a server, or None where it has none."""
@@ -294,10 +298,10 @@ class Transport:
         return server.engine
 
     async def _try_to_prove(self, server: Server) -> str:
-        """Why the server cannot be reached now; empty when it can, or is excluded."""
+        """Return why the server cannot be reached now; an empty string when it can, or is excluded."""
         try:
             await self._proven(server)
-        except (EngineError, RefusedError, NonsenseError) as error:
+        except (EngineError, RefusedError, _NonsenseReplyError) as error:
             server.endpoint.exclude(str(error))
         except HttpError as error:
             server.rest(error)

@@ -15,9 +15,7 @@ def run(work: Coroutine[Any, Any, Result]) -> Result:
 
     Inside a running event loop, as in a notebook, it gets a loop and a thread of its own, and the caller waits.
     """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
+    if not _in_a_loop():
         return asyncio.run(work)
     loop = asyncio.new_event_loop()
 
@@ -32,3 +30,11 @@ def run(work: Coroutine[Any, Any, Result]) -> Result:
         except KeyboardInterrupt:
             loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
             raise
+
+
+def _in_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

@@ -33,7 +33,7 @@ EXAMPLES = 20
 
 @dataclass(slots=True)
 class Counts:
-    """What was found in the trajectories of one policy, or of all of them."""
+    """Counts of one policy, or of all of them."""
 
     rows: int = 0
     kept: int = 0
@@ -62,7 +62,7 @@ NUMBERS = [item.name for item in fields(Counts) if item.name != "removed"]
 
 @dataclass(slots=True)
 class CleanReport:
-    """What `clean` counted, complete once its rows are consumed."""
+    """Counts of `clean`; complete once its rows are consumed."""
 
     policies: dict[str, Counts] = field(default_factory=dict)
     shared_outputs: int = 0
@@ -77,7 +77,7 @@ class CleanReport:
     evaluation_short_questions: int = 0
     """Questions that are too short for an n-gram and were compared as a whole."""
     shared_ngrams: dict[str, int] = field(default_factory=dict)
-    """Why contaminated rows are gone: the first n-gram that each shares with an evaluation set, and how often."""
+    """The first n-gram that each contaminated row shares with an evaluation set, and how often."""
 
     @property
     def total(self) -> Counts:
@@ -198,7 +198,7 @@ _prompt_id = lru_cache(prompt_id)  # the rows of a prompt mostly follow one anot
 def _judge_prompt(
     prompt: Text, near_duplicates: NearDuplicates | None, evaluation: Decontaminator | None
 ) -> tuple[str, str]:
-    """Why the trajectories of a new prompt are removed ("" if they are not), and the n-gram that it shares."""
+    """Return why the trajectories of a new prompt are removed ("" if they are not), and the n-gram that it shares."""
     ngram = evaluation.shared(text_of(prompt), prompt=True) if evaluation else None
     if ngram:
         return "contaminated prompt", ngram
@@ -250,7 +250,7 @@ def _hash(*parts: str) -> int:
 # stay as they are.
 
 LOOP_TIMES = 3
-"""A unit that stands this often in a row, the last time perhaps not to its end, is a loop, if ..."""
+"""A unit that occurs this often in a row, the last time perhaps not to its end, is a loop, if ..."""
 LOOP_LENGTH = 120
 """... all but its first occurrence have this many characters. Refrains and blank table rows have less."""
 WORDLESS_LOOP_LENGTH = 400

@@ -19,9 +19,10 @@ import hashlib
 import json
 import logging
 import shutil
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ class Journal:
         return self.directory / f"shard-{shard:05d}.parquet"
 
     def complete(self, shard: int) -> bool:
-        """Whether all samples of a shard are in its file; a damaged file counts as none."""
+        """Return whether all samples of a shard are in its file; a damaged file counts as none."""
         file = self.shard_file(shard)
         if not file.exists():
             return False
@@ -140,7 +141,7 @@ class Journal:
         return shards
 
     def results(self, batch: Batch) -> dict[int, Completion]:
-        """What is saved of a batch: row in the shard and sample; a part that a power failure tore counts as none."""
+        """Return the saved samples of a batch by their rows in the shard; a torn part counts as none."""
         file = self._part(batch)
         if not file.exists():
             return {}
@@ -233,7 +234,7 @@ class Journal:
 
 
 def _summary(metadata: pq.FileMetaData) -> dict[str, Any]:
-    """What `Journal.finish` says about a shard."""
+    """Return the summary that `Journal.finish` wrote."""
     summary: dict[str, Any] = json.loads((metadata.metadata or {})[SUMMARY])
     return summary
 
@@ -279,8 +280,9 @@ def open_journal(
 def _begin(job: Path, prompts: Iterable[Prompt], identity: dict[str, Any], shard_prompts: int) -> None:
     """Store the prompts of a new job; refuse to go on with an old one that differs."""
     digest, seen, repeated = hashlib.sha256(), set[tuple[str, str]](), 0
-    old = json.loads((job / "job.json").read_text("utf-8")) if (job / "job.json").exists() else None
-    with _prompt_writer(job / "prompts.parquet", shard_prompts) if old is None else contextlib.nullcontext() as writer:
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal repeated
         for prompt in prompts:
             if (prompt.id, prompt.wrapper) in seen:
                 repeated += 1
@@ -288,8 +290,13 @@ def _begin(job: Path, prompts: Iterable[Prompt], identity: dict[str, Any], shard
             seen.add((prompt.id, prompt.wrapper))
             row = {"id": prompt.id, "prompt": _stored(prompt), "messages": not isinstance(prompt.text, str)}
             digest.update(repr((row["prompt"], row["messages"], prompt.wrapper)).encode())
-            if writer is not None:
-                writer.write({**row, "wrapper": prompt.wrapper})
+            yield {**row, "wrapper": prompt.wrapper}
+
+    old = json.loads((job / "job.json").read_text("utf-8")) if (job / "job.json").exists() else None
+    if old is None:
+        _write_prompts(job / "prompts.parquet", rows(), shard_prompts)
+    else:
+        deque(rows(), maxlen=0)  # for the digest alone
     if not seen:
         raise InputError("no prompts to sample; expected at least one row with a prompt")
     new = {**identity, "prompts": len(seen), "repeated_prompts": repeated, "prompts_digest": digest.hexdigest()}
@@ -324,30 +331,11 @@ def _text(stored: str, messages: bool) -> str | tuple[Message, ...]:
     return tuple(Message(*message) for message in json.loads(stored)) if messages else stored
 
 
-class _Prompts:
-    """Prompts on their way to disk, one row group per shard."""
-
-    def __init__(self, writer: pq.ParquetWriter, size: int) -> None:
-        self.writer, self.size = writer, size
-        self.waiting: list[dict[str, Any]] = []
-
-    def write(self, row: dict[str, Any]) -> None:
-        self.waiting.append(row)
-        if len(self.waiting) == self.size:
-            self.flush()
-
-    def flush(self) -> None:
-        if self.waiting:
-            self.writer.write_table(pa.Table.from_pylist(self.waiting, PROMPTS))
-            self.waiting = []
-
-
-@contextlib.contextmanager
-def _prompt_writer(file: Path, size: int) -> Iterator[_Prompts]:
+def _write_prompts(file: Path, rows: Iterator[dict[str, Any]], shard_prompts: int) -> None:
+    """Write prompts, one row group per shard."""
     with new_file(file) as stream, on_disk(file), pq.ParquetWriter(stream, PROMPTS, compression="zstd") as writer:
-        prompts = _Prompts(writer, size)
-        yield prompts
-        prompts.flush()
+        while group := list(islice(rows, shard_prompts)):
+            writer.write_table(pa.Table.from_pylist(group, PROMPTS))
 
 
 def _write(file: Path, table: pa.Table, *, sync: bool = True) -> None:

@@ -13,8 +13,6 @@ from hashlib import blake2b
 from itertools import repeat
 
 import numpy as np
-from datasketch import MinHash, MinHashLSH
-from datasketch.hashfunc import sha1_hash32
 from numpy.typing import NDArray
 
 from polar.core.baselines import words
@@ -58,20 +56,24 @@ class NearDuplicates:
     def __init__(self, threshold: float = 0.8) -> None:
         if not 0 < threshold <= 1:
             raise InputError(f"near-duplicate threshold: expected a number above 0 and at most 1, found {threshold}")
+        from datasketch import MinHash, MinHashLSH  # with scipy, a second at import
+        from datasketch.hashfunc import sha1_hash32
+
         self.threshold = threshold
         # Missed candidates are lost, wrong ones are refused below.
         self._index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, weights=(0.1, 0.9))
+        self._hash = sha1_hash32
         self._empty = MinHash(PERMUTATIONS, hashfunc=int)
         self._kept: list[tuple[frozenset[int], Counter[str]]] = []
 
     def seen(self, prompt: Text) -> bool:
-        """Whether an earlier prompt is nearly the same; a prompt that is new is remembered."""
+        """Return whether an earlier prompt is nearly the same; a new prompt is remembered."""
         found = _plain_words(text_of(prompt))
         if len(found) < SHORT:
             return False
         numbers = Counter(word for word in found if word.isdecimal())
         shingles = [" ".join(found[i : i + SHINGLE]).encode() for i in range(len(found) - SHINGLE + 1)]
-        hashes = frozenset(map(sha1_hash32, shingles))
+        hashes = frozenset(map(self._hash, shingles))
         sketch = self._empty.copy()  # with its permutations, which are slow to draw
         sketch.update_batch(hashes)
         for key in self._index.query(sketch):

@@ -1,133 +1,73 @@
 """Trajectories become triples: two samples of one policy and one of another policy, for the same prompt (paper 4.1).
 
-Policies are drawn first and their distinct outputs second, so a policy that was sampled more often is not paired more
-often. Every prompt has random numbers of its own, made from the seed and the prompt, and prompts are taken in the order
-of their ids: the order of the input changes nothing.
+Trajectories are sorted by prompt on disk, so that a corpus may be far larger than memory; the triples of a prompt are
+drawn by `polar.corpus.strategies`. Every prompt has random numbers of its own, made from the seed and the prompt, and
+prompts are taken in the order of their ids: the order of the input changes nothing.
 
-Two shortcuts let a discriminator win without comparing anything with the reference. Balance closes the first: a policy
-that is more often positive than negative is recognised by its frequency. Length matching closes the second: outputs of
-one policy are alike in length.
+DuckDB sorts. An external sort needs memory in some proportion to what it sorts (with 256 MB and two threads, DuckDB 2.0
+gives up at 4 GB), so prompts are dealt to `PARTS` tables by the beginning of their id, which are sorted one by one.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache
-from itertools import islice, permutations
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from random import Random
-from typing import cast
+from typing import TYPE_CHECKING, Any
 
-from polar.core.baselines import length
+import pyarrow as pa
+
 from polar.core.errors import InputError
-from polar.core.records import Group, Trajectory, Triple, Wrapper, prompt_id
-from polar.corpus.sorting import PromptOutputs, PromptSorter, decoded, open_sorter
+from polar.core.records import Trajectory, Triple, Wrapper, prompt_id, text_of
+from polar.corpus.plan import several
 from polar.corpus.strategies import (
-    RULES,
     Lineage,
     LineageEvidence,
-    Rule,
+    Outputs,
+    PairReport,
+    PairSampler,
+    PromptOutputs,
+    Sample,
     Strategy,
-    candidate_negatives,
-    choose_negatives,
+    decoded,
+    encoded,
+    read_lineages,
     resolve_lineages,
 )
+from polar.data.readers import OnBadRow, ReadReport, read_trajectories
 
-TRIES = 50
-"""Pairs of reference and positive that are tried for a negative on the side in length that is wanted."""
+if TYPE_CHECKING:
+    import duckdb
 
+    from polar.data.readers import Rows
 
-@dataclass(slots=True)
-class PairReport:
-    """What `pair` counted; complete once the triples are consumed.
+MEMORY = "768MB"
+"""Of DuckDB, before it writes to disk; Python comes on top."""
+THREADS = 2
+"""Each thread of the sort needs memory of its own."""
+PARTS = 64
+"""Ids are hexadecimal digits of a hash, so all parts are of about one size. They must divide 256."""
+BATCH_ROWS, BATCH_CHARACTERS = 2048, 1 << 20
+"""The rows that wait for a table are stored when there are so many, or about so many characters."""
 
-    A prompt counts once for each wrapper of its trajectories.
-    """
-
-    trajectories: int = 0
-    """All that were read."""
-    left_out: int = 0
-    """Trajectories of policies or prompts that were not wanted."""
-    identical: int = 0
-    """Trajectories skipped because the same policy gave the same text for the same prompt before."""
-    policies: int = 0
-    policies_with_two_outputs: int = 0
-    """Policies with two different outputs for at least one prompt: only they can give reference and positive."""
-    prompts: int = 0
-    prompts_with_one_policy: int = 0
-    """No triple, because there is no other policy to take the negative from."""
-    prompts_without_two_outputs: int = 0
-    """No triple, because no policy has two different outputs."""
-    prompts_without_rival: int = 0
-    """No triple, because the strategy finds no other policy here for any policy with two different outputs."""
-    prompts_without_negative: int = 0
-    """No triple, because all outputs of the other policies equal the reference or the positive."""
-    draws: int = 0
-    """Drawn pairs of reference and positive."""
-    draws_without_rival: int = 0
-    """Policies with two different outputs for a prompt, for which the strategy finds no other policy there."""
-    draws_without_negative: int = 0
-    """The same, but all outputs of the other policies equal the reference or the positive."""
-    triples: int = 0
-    unknown_policies: int = 0
-    """Policies that were asked for by name and never seen."""
-    unknown_prompts: int = 0
-    """Prompts that were asked for by id and never seen."""
-    negatives_never_positive: int = 0
-    """Triples whose negative is by a policy without two different outputs anywhere, which gives it away."""
-    length_wins: float = 0
-    """Triples in which the positive is closer in length to the reference (`polar.core.baselines`); ties one half."""
-    strategies: Counter[Rule] = field(default_factory=Counter)
-    """Triples of each strategy."""
-    meetings: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Triples of each pair of policies, that of the positive first."""
-
-    def positives(self) -> Counter[str]:
-        """How often every policy gave the positive."""
-        return self._sum(0)
-
-    def negatives(self) -> Counter[str]:
-        """How often every policy gave the negative."""
-        return self._sum(1)
-
-    def frequency_accuracy(self) -> float | None:
-        """How often the policy that is positive more often, as a share of its triples, is the right one; ties one half.
-
-        A discriminator that recognises policies and ignores the reference gets this far. None without triples.
-        """
-        if not self.triples:
-            return None
-        positives, negatives = self.positives(), self.negatives()
-        share = {
-            policy: positives[policy] / (positives[policy] + negatives[policy]) for policy in positives | negatives
-        }
-        wins = sum(
-            n * ((share[good] > share[bad]) + (share[good] >= share[bad])) / 2
-            for (good, bad), n in self.meetings.items()
-        )
-        return wins / self.triples
-
-    def length_accuracy(self) -> float | None:
-        """How often the positive is closer in length to the reference; None without triples."""
-        return self.length_wins / self.triples if self.triples else None
-
-    def _sum(self, side: int) -> Counter[str]:
-        counts: Counter[str] = Counter()
-        for policies, number in self.meetings.items():
-            counts[policies[side]] += number
-        return counts
+COLUMN_NAMES = ("prompt_id", "wrapper", "policy", "prompt", "output", "text")
+COLUMNS = "prompt_id VARCHAR, wrapper VARCHAR, policy INTEGER, prompt VARCHAR, output VARCHAR, text BIGINT"
 
 
 def pair(
-    trajectories: Iterable[Trajectory],
+    trajectories: Rows | Sequence[str | Path],
     *,
     per_prompt: int | None = None,
     negatives: int = 1,
     strategy: Strategy = "random",
-    lineages: Mapping[str, Lineage] | None = None,
+    lineages: Mapping[str, Lineage] | str | Path | None = None,
     balance: bool = True,
     match_length: bool = False,
     seed: int = 0,
@@ -137,15 +77,18 @@ def pair(
     wrapper: Wrapper | None = None,
     temporary: Path | None = None,
     report: PairReport | None = None,
+    on_bad_row: OnBadRow = "error",
+    read: ReadReport | None = None,
 ) -> Iterator[Triple]:
-    """Draw triples in bounded memory: trajectories are sorted on disk and come back one prompt at a time.
+    """Yield triples in bounded memory: trajectories are sorted on disk and come back one prompt at a time.
 
     Reference and positive are two different texts of one policy. The negative is a text of another policy and differs
     from both: as no positive ever repeats its reference, a negative that does would teach that a copy is wrong.
     All outputs of one prompt, and a count for every pair of policies that meet, have to fit into memory.
 
     Args:
-        trajectories: Samples of several policies, in any order. They are read when the first triple is asked for.
+        trajectories: Samples of several policies, in any order: a path or several, such as the directory of
+            `polar.sample`, dictionaries, or records. They are read when the first triple is asked for.
         per_prompt: At most this many policies of a prompt give a reference and a positive: if balanced, those that
             did so least so far, else chosen at random. Default: every policy with two different outputs gives one.
         negatives: Triples per drawn reference and positive. They follow one another and differ in the negative, which
@@ -153,7 +96,8 @@ def pair(
         strategy: Where negatives come from (`polar.corpus.strategies`). Policies without a known family take no part
             in "family" and "checkpoint", those without a step none in "checkpoint"; a policy for which the strategy
             finds no other one gives no triple and is counted.
-        lineages: Family and step of policies; overrides what the trajectories say.
+        lineages: Family and step of policies, or a file with them (`read_lineages`); overrides what the trajectories
+            say.
         balance: Take as negative the policy that was positive most often so far beyond being negative, and one that
             can never be positive only when there is no other. Then other prompts matter for the triples of a prompt.
         match_length: Choose negatives near the positive in length, closer to that of the reference in one half of the
@@ -166,8 +110,10 @@ def pair(
         wrapper: Overrides the wrapper of the trajectories. Trajectories of different wrappers never share a triple.
         temporary: An existing directory for the temporary files; default: that of the system.
         report: Counts are added here.
+        on_bad_row: "skip" leaves unreadable rows out.
+        read: Counts the rows that are read and skipped.
 
-    Returns:
+    Yields:
         The triples, ordered by prompt id.
 
     Raises:
@@ -184,7 +130,9 @@ def pair(
             f"pair: exclude_policies {exclude_policies!r} is not a regular expression ({error})"
         ) from error
     report = PairReport() if report is None else report
-    wanted_policies, wanted_prompts = _set(policies), _set(prompt_ids)
+    table = read_lineages(lineages) if isinstance(lineages, str | Path) else lineages or {}
+    wanted_policies = None if policies is None else set(policies)
+    wanted_prompts = None if prompt_ids is None else set(prompt_ids)
 
     @cache
     def wanted(policy: str) -> bool:
@@ -195,7 +143,7 @@ def pair(
         """Fill the sorter; return what the trajectories say about each policy that is wanted."""
         evidence: dict[str, LineageEvidence] = {}
         unseen_policies, unseen_prompts = set(wanted_policies or ()), set(wanted_prompts or ())
-        for trajectory in trajectories:
+        for trajectory in _trajectories(trajectories, on_bad_row, read):
             report.trajectories += 1
             policy, prompt = trajectory.policy, prompt_id(trajectory.prompt)
             unseen_policies.discard(policy)
@@ -212,11 +160,11 @@ def pair(
     def triples() -> Iterator[Triple]:
         with open_sorter(temporary) as sorter:
             evidence = sort(sorter)
-            known = {} if strategy == "random" else resolve_lineages(strategy, evidence, lineages or {})
+            known = {} if strategy == "random" else resolve_lineages(strategy, evidence, table)
             can_be_positive = sorter.policies_with_two_outputs()
             report.policies += len(evidence)
             report.policies_with_two_outputs += len(can_be_positive)
-            sampler = _PairSampler(
+            sampler = PairSampler(
                 per_prompt, negatives, strategy, known, balance, match_length, can_be_positive, report
             )
             for prompt in sorter.prompts():
@@ -225,114 +173,140 @@ def pair(
     return triples()
 
 
-@dataclass(slots=True)
-class _PairSampler:
-    """Samples the triples of one prompt after the other, and keeps what balancing and length matching need."""
+def _trajectories(
+    sources: Rows | Sequence[str | Path], on_bad_row: OnBadRow, report: ReadReport | None
+) -> Iterator[Trajectory]:
+    for source in several(sources):
+        if isinstance(source, str | Path):
+            yield from read_trajectories(source, on_bad_row=on_bad_row, report=report)
+            continue
+        rows = iter(source)
+        for first in rows:
+            if isinstance(first, Trajectory):  # records need no reading
+                yield first
+            else:
+                yield from read_trajectories(chain([first], rows), on_bad_row=on_bad_row, report=report)
 
-    per_prompt: int | None
-    negatives: int
-    strategy: Strategy
-    lineages: Mapping[str, Lineage]
-    balanced: bool
-    match_length: bool
-    can_be_positive: Collection[str]
-    """Policies with two different outputs for some prompt."""
-    report: PairReport
-    positives: Counter[str] = field(default_factory=Counter)
-    """Triples so far in which a policy is positive."""
-    balance: Counter[str] = field(default_factory=Counter)
-    """The same minus those in which it is negative."""
-    length_balance: int = 0
-    """Triples in which the positive is closer in length to the reference minus those in which the negative is."""
 
-    def sample(self, prompt: PromptOutputs, random: Random) -> Iterator[Triple]:
-        """The triples of a prompt, counted."""
-        report, outputs = self.report, prompt.outputs
-        report.prompts += 1
-        report.identical += prompt.identical
-        if len(outputs) == 1:
-            report.prompts_with_one_policy += 1
+class PromptSorter:
+    """Trajectories on disk, to be added first and read by prompt then; made by `open_sorter`."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, place: Path) -> None:
+        self.connection, self.place = connection, place
+        self.policies: dict[str, int] = {}
+        """Every policy and its number in the database, in order of appearance."""
+        self.waiting: defaultdict[int, list[tuple[str, Wrapper, int, str, str, int]]] = defaultdict(list)
+        """For every part that has rows, those that are not in its table yet."""
+        self.characters: Counter[int] = Counter()
+
+    def add(self, prompt_id: str, wrapper: Wrapper, trajectory: Trajectory) -> None:
+        """Store a trajectory under a prompt id and a wrapper."""
+        policy = self.policies.setdefault(trajectory.policy, len(self.policies))
+        prompt, output = encoded(trajectory.prompt), encoded(trajectory.output)
+        part = int(prompt_id[:2], 16) * PARTS // 256
+        # The hash of a string differs from process to process; it only tells here whether two texts are the same.
+        self.waiting[part].append((prompt_id, wrapper, policy, prompt, output, hash(text_of(trajectory.output))))
+        self.characters[part] += len(prompt) + len(output)
+        if len(self.waiting[part]) >= BATCH_ROWS or self.characters[part] >= BATCH_CHARACTERS:
+            self._store(part)
+
+    def policies_with_two_outputs(self) -> set[str]:
+        """The policies with two different outputs for at least one prompt."""
+        found: set[int] = set()
+        for part in sorted(self.waiting):
+            self._store(part)
+            with temporary_files(self.place):
+                rows = self.connection.execute(
+                    f"SELECT DISTINCT policy FROM (SELECT policy FROM part_{part} "
+                    "GROUP BY prompt_id, wrapper, policy HAVING min(text) <> max(text))"
+                ).fetchall()
+            found.update(number for (number,) in rows)
+        return {name for name, number in self.policies.items() if number in found}
+
+    def prompts(self) -> Iterator[PromptOutputs]:
+        """The prompts in the order of their ids, each with all its outputs (which have to fit into memory)."""
+        names = list(self.policies)
+        for (name, wrapper), rows in groupby(self._sorted_rows(), key=itemgetter(0, 1)):
+            outputs: Outputs = {}
+            identical = 0
+            for _, _, number, *stored in rows:
+                samples, sample = outputs.setdefault(names[number], {}), Sample(*stored)
+                text = text_of(decoded(sample.output))
+                identical += text in samples
+                # One prompt may be spelt in several ways; which spelling stays must not depend on the order of rows.
+                samples[text] = min(samples.get(text, sample), sample)
+            yield PromptOutputs(name, wrapper, outputs, identical)
+
+    def _sorted_rows(self) -> Iterator[tuple[Any, ...]]:
+        for part in sorted(self.waiting):
+            self._store(part)
+            order = f"SELECT prompt_id, wrapper, policy, prompt, output FROM part_{part} ORDER BY prompt_id, wrapper"
+            with temporary_files(self.place):
+                reader = self.connection.sql(order).to_arrow_reader(BATCH_ROWS)
+            while True:
+                with temporary_files(self.place):
+                    batch = next(reader, None)
+                if batch is None:
+                    break
+                yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+            self.connection.execute(f"DROP TABLE part_{part}")
+
+    def _store(self, part: int) -> None:
+        rows = self.waiting[part]
+        if not rows:
             return
-        able = sorted(policy for policy, texts in outputs.items() if len(texts) > 1)
-        if not able:
-            report.prompts_without_two_outputs += 1
-            return
-        random.shuffle(able)
-        if self.balanced:
-            able.sort(key=lambda policy: (self.positives[policy], self.balance[policy]))
-        draws = rivalries = 0
-        for policy in able:
-            triples, has_rival = self.draw(policy, prompt, random)
-            draws += bool(triples)
-            rivalries += has_rival
-            report.draws_without_rival += not has_rival
-            report.draws_without_negative += has_rival and not triples
-            for triple in triples:
-                self.count(triple)
-                yield triple
-            if draws == self.per_prompt:
-                break
-        report.draws += draws
-        report.prompts_without_rival += not rivalries
-        report.prompts_without_negative += rivalries > 0 and not draws
-
-    def draw(self, policy: str, prompt: PromptOutputs, random: Random) -> tuple[list[Triple], bool]:
-        """Triples of one reference and positive of `policy`, and whether the strategy finds any other policy."""
-        outputs = prompt.outputs
-        shuffled = cache(lambda name: random.sample(sorted(outputs[name]), len(outputs[name])))
-        others = sorted(outputs.keys() - {policy})
-        random.shuffle(others)
-        if self.balanced:
-            others.sort(key=lambda other: -self.balance[other])
-        rules = random.sample(RULES, len(RULES)) if self.strategy == "mixed" else [self.strategy]
-        has_rival = False
-        for rule in rules:
-            allowed = candidate_negatives(rule, policy, others, self.lineages)
-            has_rival = has_rival or bool(allowed)
-            tiers = [allowed]
-            if self.balanced:
-                tiers = [[name for name in allowed if (name in self.can_be_positive) is able] for able in (True, False)]
-            for reference, positive, closer in self.attempts(shuffled(policy), random):
-                chosen = choose_negatives(tiers, shuffled, reference, positive, closer, self.negatives)
-                if chosen:
-                    return [
-                        Triple(
-                            prompt=decoded(outputs[policy][reference].prompt),
-                            reference=decoded(outputs[policy][reference].output),
-                            positive=decoded(outputs[policy][positive].output),
-                            negative=decoded(outputs[name][negative].output),
-                            policy=policy,
-                            negative_policy=name,
-                            wrapper=prompt.wrapper,
-                            strategy=rule,
-                        )
-                        for negative, name in chosen.items()
-                    ], has_rival
-        return [], has_rival
-
-    def attempts(self, texts: Sequence[str], random: Random) -> Iterator[tuple[str, str, bool | None]]:
-        """Reference, positive, and whether negatives have to be closer in length; nearly always the first will do."""
-        if not self.match_length:
-            yield from ((reference, positive, None) for reference, positive in permutations(texts, 2))
-            return
-        closer = self.length_balance > 0 or (self.length_balance == 0 and random.random() < 0.5)
-        yield from ((reference, positive, closer) for reference, positive in islice(permutations(texts, 2), TRIES))
-        yield from ((reference, positive, not closer) for reference, positive in permutations(texts, 2))
-
-    def count(self, triple: Triple) -> None:
-        """Count a triple in the report and in the balances."""
-        policy, rival = cast(str, triple.policy), cast(str, triple.negative_policy)
-        self.positives[policy] += 1
-        self.balance[policy] += 1
-        self.balance[rival] -= 1
-        good, bad = length(Group(triple.prompt, triple.reference, (triple.positive, triple.negative)))
-        self.length_balance += (good > bad) - (good < bad)
-        self.report.triples += 1
-        self.report.length_wins += ((good > bad) + (good >= bad)) / 2
-        self.report.strategies[cast(Rule, triple.strategy)] += 1
-        self.report.meetings[policy, rival] += 1
-        self.report.negatives_never_positive += rival not in self.can_be_positive
+        self.waiting[part], self.characters[part] = [], 0
+        try:
+            batch = pa.table([pa.array(column) for column in zip(*rows, strict=True)], COLUMN_NAMES)
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"a trajectory holds text that UTF-8 cannot express ({error.reason}); repair it"
+            ) from error
+        with temporary_files(self.place):
+            self.connection.execute(f"CREATE TABLE IF NOT EXISTS part_{part} ({COLUMNS})")
+            self.connection.register("batch", batch)
+            self.connection.execute(f"INSERT INTO part_{part} SELECT * FROM batch")
+            self.connection.unregister("batch")
 
 
-def _set(names: Collection[str] | None) -> set[str] | None:
-    return None if names is None else set(names)
+@contextmanager
+def open_sorter(temporary: Path | None = None) -> Iterator[PromptSorter]:
+    """Open a sorter whose files lie in a new directory inside `temporary`, which is removed at the end.
+
+    What fits into `MEMORY` is never written.
+
+    Args:
+        temporary: An existing directory with room for the texts of the corpus; default: that of the system.
+
+    Raises:
+        InputError: The directory cannot be written or has no room; also while the sorter is used.
+    """
+    place = temporary or Path(tempfile.gettempdir())
+    with ExitStack() as stack:
+        with temporary_files(place):
+            directory = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix=".polar-pair-", dir=place, ignore_cleanup_errors=True)
+            )
+        import duckdb  # a third of a second at import
+
+        config: dict[str, str | bool | int | float | list[str]] = {
+            "memory_limit": MEMORY,
+            "threads": THREADS,
+            "temp_directory": directory,
+            "preserve_insertion_order": False,
+        }
+        yield PromptSorter(stack.enter_context(duckdb.connect(":memory:", config=config)), place)
+
+
+@contextmanager
+def temporary_files(place: Path) -> Iterator[None]:
+    """Report what the system or DuckDB cannot write to `place` as `InputError`."""
+    import duckdb
+
+    try:
+        yield
+    except (OSError, duckdb.IOException, duckdb.OutOfMemoryException) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{place}: no room for temporary files ({reason}); make room, or choose another place (--temp or TMPDIR)"
+        ) from error

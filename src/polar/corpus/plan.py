@@ -1,4 +1,4 @@
-"""What to sample, worked out before anything is sampled: a pure function of prompts, pool, design and seed (D.1.1).
+"""The plan of a sampling job: a pure function of prompts, pool, design and seed (D.1.1).
 
 A shard is a block of prompts. Its samples are numbered in the order in which its file will hold them, and grouped by
 policy into batches, the unit that an engine works on and that is saved at once. As nothing here depends on what ran
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from polar.core.errors import InputError
 from polar.core.records import Message, Text, Wrapper, prompt_id
@@ -24,6 +24,8 @@ from polar.data.readers import OnBadRow, ReadReport, convert_rows
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    from polar.data.readers import Rows
 
 Design = Literal["paper", "grid"]
 BUNDLED_TOKENIZER = Path(__file__).parents[1] / "checkpoints" / "polar-nano" / "tokenizer.json"
@@ -108,7 +110,7 @@ class Item:
     seed: int
 
     def request(self, policy: Policy) -> Request:
-        """What the engine is asked."""
+        """Return the request for the engine."""
         text = self.prompt.text
         if policy.kind == "base":
             assert isinstance(text, str)
@@ -136,12 +138,12 @@ def sample_seed(seed: int, prompt: Prompt, policy: str, sample: int) -> int:
 
 
 def read_prompts(
-    paths: Sequence[str], *, on_bad_row: OnBadRow = "error", report: ReadReport | None = None
+    prompts: Rows | Sequence[str | Path], *, on_bad_row: OnBadRow = "error", report: ReadReport | None = None
 ) -> Iterator[Prompt]:
-    """Prompts, one per row: {"prompt": a string or messages [, "wrapper": "sft" or "pretrain"]}.
+    """Yield prompts, one per row: {"prompt": a string or messages [, "wrapper": "sft" or "pretrain"]}.
 
     Args:
-        paths: What `polar.data.readers.rows` reads.
+        prompts: A path or several, or rows in memory.
         on_bad_row: Raise at the first bad row, or skip and count it.
         report: Filled while reading.
 
@@ -149,8 +151,19 @@ def read_prompts(
         InputError: for a bad row or file.
     """
     report = ReadReport() if report is None else report
-    for path in paths:
-        yield from convert_rows(path, _prompt, on_bad_row=on_bad_row, report=report)
+    for source in several(prompts):
+        yield from convert_rows(source, _prompt, on_bad_row=on_bad_row, report=report)
+
+
+def several(sources: Rows | Sequence[str | Path]) -> list[Rows]:
+    """Return the sources of a list of paths, or the one source of rows that it is."""
+    if isinstance(sources, Sequence) and not isinstance(sources, str) and all(map(_is_path, sources)):
+        return [*cast(Sequence[str | Path], sources)]
+    return [cast("Rows", sources)]
+
+
+def _is_path(source: object) -> bool:
+    return isinstance(source, str | Path)
 
 
 def _prompt(row: Row) -> Prompt:

@@ -17,6 +17,7 @@ A file never holds a key: `api_key_env` names the environment variable that does
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any, Literal
@@ -88,7 +89,7 @@ class HttpEngine(_Settings):
     timeout: float = Field(default=300, gt=0)
     """Seconds for one request."""
     deadline: float = Field(default=600, gt=0)
-    """Seconds of trying again before a sample, or a silent endpoint, is set aside."""
+    """Seconds of trying again before a sample, or a silent endpoint, is given up."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Further fields of the request, such as chat_template_kwargs."""
 
@@ -144,7 +145,7 @@ class Policy(_Settings):
         return WRAPPERS[self.kind]
 
     def identity(self) -> dict[str, Any]:
-        """What decides which texts it gives; where it runs, and how fast, does not belong to it."""
+        """Return the settings that decide which texts it gives, not those of place and speed."""
         settings = self.model_dump(mode="json")
         for name in ("base_url", "api_key_env", "concurrency", "timeout", "deadline", "device", *_PLACEMENT):
             settings["engine"].pop(name, None)
@@ -182,26 +183,36 @@ def draw(policies: tuple[Policy, ...], count: int, random: Random) -> list[Polic
     return sorted(policies, key=lambda policy: keys[policy.name])[:count]
 
 
-def read_pool(path: str | Path) -> Pool:
-    """Read and check a pool file.
+def read_pool(source: str | Path | Mapping[str, Any] | Pool) -> Pool:
+    """Return a checked pool from its file, or from the same content in memory.
 
     Raises:
         InputError: the file is missing, not YAML, or not a pool; or a key it names is not in the environment.
     """
+    place = source if isinstance(source, str | Path) else "pool"
+    pool = (
+        source if isinstance(source, Pool) else _parse(place, source if isinstance(source, Mapping) else _load(place))
+    )
+    for policy in pool.policies:
+        variable = policy.engine.api_key_env if isinstance(policy.engine, HttpEngine) else None
+        if variable is not None and not os.environ.get(variable):
+            raise InputError(f"{place}: policy {policy.name!r}: the environment variable {variable} is not set")
+    return pool
+
+
+def _load(path: str | Path) -> Any:
     try:
-        content = yaml.safe_load(Path(path).read_text("utf-8"))
+        return yaml.safe_load(Path(path).read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not readable as a pool of policies: {error}") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path}: expected YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a list of policies under the name policies (see polar sample --help)")
+
+
+def _parse(place: str | Path, content: Any) -> Pool:
+    if not isinstance(content, Mapping):
+        raise InputError(f"{place}: expected a list of policies under the name policies (see polar sample --help)")
     try:
-        pool = Pool.model_validate(content)
+        return Pool.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{path}: {first_mistake(error)}") from error
-    for policy in pool.policies:
-        variable = policy.engine.api_key_env if isinstance(policy.engine, HttpEngine) else None
-        if variable is not None and not os.environ.get(variable):
-            raise InputError(f"{path}: policy {policy.name!r}: the environment variable {variable} is not set")
-    return pool
+        raise InputError(f"{place}: {first_mistake(error)}") from error

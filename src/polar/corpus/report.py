@@ -1,12 +1,15 @@
-"""What a report on a corpus says: records that `polar.corpus.statistics` fills and `polar.corpus.page` shows."""
+"""The report on a corpus: records that `polar.corpus.statistics` fills, and one HTML page of them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from polar.core.html import Excerpt
+from markupsafe import Markup
+
+from polar.core.html import ACCENT, INK, STYLE, Excerpt, label, render, svg
 from polar.core.metrics import Estimate, Verdict
 
 SCHEMA = "polar corpus report 1"
@@ -14,6 +17,8 @@ SCHEMA = "polar corpus report 1"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 FEW, MANY_REPEATED, MANY_EMPTY, MANY_CUT, TELLING = 0.5, 0.1, 0.01, 0.1, 0.7
 """Shares from which on the report warns, and the accuracy of a trivial feature."""
+MAX_POLICIES_PLOTTED = 60
+"""Most policies of the plot; of more, half are those with the shortest and half those with the longest median."""
 
 Quantiles = tuple[float, ...]
 """At `QUANTILES`."""
@@ -46,7 +51,7 @@ class Overview:
     """Number of samples, cells that have so many."""
     prompts_per_policy: Quantiles
     finish_reasons: tuple[tuple[str | None, int], ...]
-    """Why sampling stopped, trajectories; empty when no row tells it."""
+    """Reasons for which sampling ended, with trajectories; empty when no row has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +157,7 @@ class Contrasts:
 
 @dataclass(frozen=True, slots=True)
 class Discrimination:
-    """What trivial features say about triples of a sampled subset of the prompts."""
+    """Accuracies of trivial features on triples of a sampled subset of the prompts."""
 
     prompts: int
     """Prompts of the subset."""
@@ -192,7 +197,7 @@ class Report:
         return json.dumps({**asdict(self), "warnings": self.warnings()}, ensure_ascii=False, indent=1) + "\n"
 
     def why_no_triples(self) -> str | None:
-        """Why no triple can be drawn, in plain words; None when there are triples."""
+        """Return why no triple can be drawn, in plain words; None when there are triples."""
         if self.discrimination.triples:
             return None
         if not self.overview.cells_with_two_outputs:
@@ -214,7 +219,7 @@ class Report:
         )
 
     def warnings(self) -> tuple[str, ...]:
-        """What is wrong with the corpus, in plain words, worst first."""
+        """Return the faults of the corpus, in plain words, worst first."""
         overview, duplicates = self.overview, self.duplicates
         total = overview.trajectories
         cut = sum(policy.cut for policy in self.policies)
@@ -251,3 +256,57 @@ class Report:
 
 def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%} ({part:,} of {whole:,})"
+
+
+def page(report: Report) -> str:
+    """Return the report as one HTML page; the same report gives the same bytes."""
+    import matplotlib as mpl  # a second at import, which only this page is worth
+
+    shown = _shown(report.policies)
+    with mpl.rc_context(STYLE):
+        histogram, bars = _histogram(report.lengths), _bars(shown)
+    return render("corpus/page.html.jinja", report=report, histogram=histogram, bars=bars, shown=len(shown))
+
+
+def _shown(policies: Sequence[Policy]) -> list[Policy]:
+    """The policies of the plot, longest median first."""
+    ordered = sorted(policies, key=lambda policy: (-policy.median, policy.policy))
+    half = MAX_POLICIES_PLOTTED // 2
+    return ordered if len(ordered) <= 2 * half else ordered[:half] + ordered[-half:]
+
+
+def _histogram(lengths: Lengths) -> Markup:
+    from matplotlib.figure import Figure
+
+    figure = Figure((6, 2.4), layout="constrained")
+    axes = figure.add_subplot()
+    counts = [count for *_, count in lengths.histogram]
+    axes.bar(range(len(counts)), counts, width=0.92, color=ACCENT)
+    ticks = range(0, len(counts), 4)
+    axes.set_xticks(ticks, [f"{lengths.histogram[tick][0]:,}" for tick in ticks])
+    axes.set_xlabel("characters, from")
+    axes.set_ylabel("outputs")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    return svg(figure, "Histogram of the lengths of all outputs in characters, on a logarithmic scale")
+
+
+def _bars(policies: Sequence[Policy]) -> Markup:
+    """A thin line from the 5th to the 95th percentile, a thick one between the quartiles, a dot at the median."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((6, 0.7 + 0.19 * len(policies)), layout="constrained")
+    axes = figure.add_subplot()
+    heights = range(len(policies), 0, -1)
+    low, first, median, third, high = zip(*(policy.lengths for policy in policies), strict=True)
+    axes.hlines(heights, low, high, color=ACCENT, linewidth=1)
+    axes.hlines(heights, first, third, color=ACCENT, linewidth=5, alpha=0.6)
+    axes.plot(median, heights, "o", color=INK, markersize=3.5)
+    axes.set_yticks(heights, [label(policy.policy) for policy in policies])
+    axes.set_ylim(0.4, len(policies) + 0.6)
+    axes.set_xscale("symlog", linthresh=10)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("characters")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color=INK, alpha=0.15)
+    return svg(figure, "Lengths of the outputs of each policy in characters: percentiles 5, 25, 50, 75 and 95")

@@ -9,17 +9,24 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from polar.core import aio
+from polar.core.errors import InputError
 from polar.core.version import __version__
 from polar.corpus.engines import Completion, Engine, open_engine
 from polar.corpus.journal import Journal, Totals, open_journal
-from polar.corpus.plan import Batch, Plan, Prompt
-from polar.corpus.pool import HttpEngine, Policy
+from polar.corpus.plan import Batch, Design, Plan, Prompt, read_prompts
+from polar.corpus.pool import HttpEngine, Policy, Pool, read_pool
+from polar.data.readers import OnBadRow, ReadReport
+
+if TYPE_CHECKING:
+    from polar.data.readers import Rows
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +41,7 @@ Progress = Callable[[Totals], None]
 
 @dataclass(slots=True)
 class SampleReport:
-    """What a run did."""
+    """Counts of a run."""
 
     expected: int = 0
     """Samples of the whole job."""
@@ -58,10 +65,90 @@ class SampleReport:
         )
 
 
+class IncompleteError(InputError):
+    """Some samples could not be drawn; the others are written, and the same call tries these again."""
+
+    def __init__(self, message: str, report: SampleReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
 def sample(
+    prompts: Rows | Sequence[str | Path],
+    pool: str | Path | Mapping[str, Any] | Pool,
+    output: str | Path,
+    *,
+    design: Design = "paper",
+    samples: int = 2,
+    seed: int = 0,
+    shard_prompts: int = 1000,
+    ray: str | None = None,
+    on_bad_row: OnBadRow = "error",
+    read: ReadReport | None = None,
+    begin: Callable[[SampleReport], None] = lambda report: None,
+    progress: Progress = lambda totals: None,
+) -> SampleReport:
+    """Sample a pool of policies into a directory of Parquet files, or go on with one that was begun there.
+
+    It works in a script, in a thread and in a notebook. `polar.corpus.clean` and `polar.pair` read the directory.
+
+    Example:
+        >>> engine = {"type": "http", "base_url": "http://127.0.0.1:8000/v1", "model": "qwen"}
+        >>> policies = [{"name": name, "kind": "chat", "engine": engine | {"model": name}} for name in ("a", "b")]
+        >>> polar.sample([{"prompt": "2+2?"}], {"policies": policies}, "corpus")
+
+    Args:
+        prompts: Rows {"prompt" [, "wrapper"]}: a path, several paths, dictionaries, or a data set.
+        pool: The policies, or the YAML file with them (`polar.corpus.pool`).
+        output: Directory for the corpus.
+        design: "paper" draws two policies per prompt and samples the first twice, the second once; "grid" samples
+            every policy that takes the prompt.
+        samples: Samples per policy and prompt in the grid design.
+        seed: Another seed is another corpus.
+        shard_prompts: Prompts per Parquet file.
+        ray: Sample on a Ray cluster: its address, "auto", or "local" for a new one on this machine.
+        on_bad_row: "skip" leaves unreadable rows out.
+        read: Counts the rows that are read and skipped.
+        begin: See `sample_plan`.
+        progress: See `sample_plan`.
+
+    Raises:
+        InputError: bad prompts or pool, another job in the directory, a model that cannot be loaded, a full disk.
+        IncompleteError: some samples could not be drawn.
+    """
+    for name, number in (("samples", samples), ("shard_prompts", shard_prompts)):
+        if number < 1:
+            raise InputError(f"{name} must be at least 1, found {number}")
+    plan = Plan(read_pool(pool), design, samples, seed)
+    if ray is None:
+        from polar.corpus.engines.local import check  # the other engines do without numpy and jinja2
+
+        opener: OpenEngine = open_engine
+        for policy in plan.pool.policies:
+            check(policy)
+    else:
+        from polar.corpus.engines import cluster
+
+        opener = cluster.open_on_cluster
+        cluster.connect(ray)
+    report = sample_plan(
+        plan,
+        read_prompts(prompts, on_bad_row=on_bad_row, report=read),
+        output,
+        shard_prompts=shard_prompts,
+        open_engine=opener,
+        begin=begin,
+        progress=progress,
+    )
+    if shortfall := report.shortfall():
+        raise IncompleteError(f"{output}: {shortfall}", report)
+    return report
+
+
+def sample_plan(
     plan: Plan,
     prompts: Iterable[Prompt],
-    directory: str,
+    directory: str | Path,
     *,
     shard_prompts: int = 1000,
     open_engine: OpenEngine = open_engine,
@@ -69,11 +156,11 @@ def sample(
     progress: Progress = lambda totals: None,
     begin: Callable[[SampleReport], None] = lambda report: None,
 ) -> SampleReport:
-    """Sample a corpus into a directory, or go on with one that was begun there.
+    """Sample a plan into a directory, or go on with one that was begun there.
 
     A run that is stopped at any moment and started again gives, file by file, the corpus of an undisturbed run (where
-    the engines are deterministic). Samples that fail for good are set aside and reported, the rest is drawn and
-    written; the next run tries them again.
+    the engines are deterministic). Samples that fail for good are reported, the rest is drawn and written; the next run
+    tries them again.
 
     Args:
         plan: Pool, design and seed.
@@ -105,7 +192,7 @@ def sample(
         )
         begin(report)
         try:
-            asyncio.run(run.run(plan.pool.policies, one_at_a_time))
+            aio.run(run.run(plan.pool.policies, one_at_a_time))
         except BaseExceptionGroup as group:
             raise _only(group) from None
         report.manifest = journal.manifest()
@@ -121,7 +208,7 @@ class _Run:
         self.planned = lru_cache(PLANNED)(lambda shard: plan.shard(shard, journal.prompts_of(shard)))
         self.open_shards = journal.open_shards()
         self.unsettled: dict[int, int] = {}
-        """Batches of each open shard that are neither sampled nor set aside yet in this run."""
+        """Batches of each open shard that this run has still to ask for."""
 
     async def run(self, policies: Sequence[Policy], one_at_a_time: Callable[[Policy], bool]) -> None:
         async with asyncio.TaskGroup() as group:

@@ -1,4 +1,4 @@
-"""What a corpus of trajectories is like: sizes, duplicates, lengths, and how easily its policies are told apart.
+"""Statistics of a corpus of trajectories: sizes, duplicates, lengths, and how well trivial features separate policies.
 
 Rows are read once. Hashes of the texts, their lengths and their first `EXCERPT` characters go into a temporary DuckDB
 file, about 100 bytes a row, where everything is counted; DuckDB keeps to 1 GB of memory and moves to the disk what does
@@ -19,9 +19,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 
@@ -31,7 +30,7 @@ from polar.core.html import Excerpt
 from polar.core.metrics import Values, clustered_mean, outcomes
 from polar.core.records import Group, Text, Trajectory, Triple, prompt_id, text_of
 from polar.core.text import blank
-from polar.corpus.pair import pair
+from polar.corpus.pair import pair, temporary_files
 from polar.corpus.report import (
     QUANTILES,
     SCHEMA,
@@ -48,10 +47,12 @@ from polar.corpus.report import (
     Report,
     Unit,
 )
-from polar.corpus.sorting import temporary_files
 from polar.data.fields import Row, optional_string
 from polar.data.readers import OnBadRow, ReadReport, convert_rows
 from polar.data.record_rows import count_of, trajectory
+
+if TYPE_CHECKING:
+    import duckdb
 
 EXCERPT, REPEATED, BATCH = 100, 10, 10_000
 """Characters kept of every output, repeated outputs listed, rows written at a time."""
@@ -67,7 +68,7 @@ CHARACTERS = 100_000_000
 TRIPLES = 10_000
 """Triples, about; fewer when the subset has not so many."""
 FEATURES = {"length": length, "first word": first_word, "unigram F1": unigram_f1, "chance": chance}
-"""What a reward could be without understanding anything."""
+"""Rewards that need no understanding."""
 ENOUGH_TRIPLES, ENOUGH_PROMPTS, LISTED = 20, 10, 10
 """Policies and pairs of them are compared from so many triples of so many prompts on; most that a list has."""
 EXAMPLES, POLICIES_SHOWN, OUTPUTS_SHOWN, TEXT_SHOWN = 6, 6, 2, 4_000
@@ -94,7 +95,7 @@ ROW = pa.schema(
         "finish_reason": pa.string(),
     }
 )
-"""What DuckDB keeps of a trajectory; prompt and text are hashes of 8 bytes, units are tokens or words."""
+"""Columns of a trajectory in DuckDB; prompt and text are hashes of 8 bytes, units are tokens or words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +141,8 @@ def statistics(samples: Iterable[Sample], *, seed: int = 0, report: ReadReport |
     Raises:
         InputError: there are no samples.
     """
+    import duckdb  # a third of a second at import
+
     subset = Subset(seed)
     with (
         temporary_files(Path(tempfile.gettempdir())),

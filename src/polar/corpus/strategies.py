@@ -1,18 +1,27 @@
-"""Which outputs may be the negative: the policies that a strategy allows, and among them the choice by length."""
+"""The triples of one prompt: whose outputs are reference and positive, and which policies may give the negative.
+
+Policies are drawn first and their distinct outputs second, so a policy that was sampled more often is not paired more
+often. Two shortcuts let a discriminator win without comparing anything with the reference. Balance closes the first: a
+policy that is more often positive than negative is recognised by its frequency. Length matching closes the second:
+outputs of one policy are alike in length.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import islice
+from itertools import islice, permutations
 from operator import itemgetter
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from random import Random
+from typing import Literal, NamedTuple, TypeVar, cast, get_args
 
 from polar.core.baselines import length
 from polar.core.errors import InputError
-from polar.core.records import Group
+from polar.core.records import Group, Message, Text, Triple, Wrapper
 from polar.data.fields import optional_string, string_at
 from polar.data.readers import rows
 from polar.data.record_rows import count_of
@@ -24,6 +33,8 @@ Strategy = Rule | Literal["mixed"]
 """A rule, or for every draw one of those that are possible, at random."""
 RULES: tuple[Rule, ...] = get_args(Rule)
 
+TRIES = 50
+"""Pairs of reference and positive that are tried for a negative on the side in length that is wanted."""
 NEAREST_OF = 8
 """Length matching takes the nearest in length of this many policies. More would hide length hardly better, and leave
 balance less to choose from."""
@@ -33,9 +44,126 @@ Option = tuple[float, str]
 Value = TypeVar("Value", str, int)
 
 
+class Sample(NamedTuple):
+    """Prompt and output as they are stored; `decoded` gives them back."""
+
+    prompt: str
+    output: str
+
+
+Outputs = dict[str, dict[str, Sample]]
+"""Samples of one prompt: policy, text of the output, sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptOutputs:
+    """All different outputs for one prompt under one wrapper."""
+
+    prompt_id: str
+    wrapper: Wrapper
+    outputs: Outputs
+    identical: int
+    """How many more there were, with a text that the same policy gave before."""
+
+
+def encoded(text: Text) -> str:
+    """A text as one string: messages as JSON, which begins with "[", any other string behind an "="."""
+    if isinstance(text, str):
+        return f"={text}"
+    return json.dumps([[message.role, message.content] for message in text], ensure_ascii=False)
+
+
+def decoded(stored: str) -> Text:
+    """Return the text that `encoded` made a string of."""
+    if stored.startswith("="):
+        return stored[1:]
+    return tuple(Message(role, content) for role, content in json.loads(stored))
+
+
+@dataclass(slots=True)
+class PairReport:
+    """Counts of `pair`; complete once the triples are consumed.
+
+    A prompt counts once for each wrapper of its trajectories.
+    """
+
+    trajectories: int = 0
+    """All that were read."""
+    left_out: int = 0
+    """Trajectories of policies or prompts that were not wanted."""
+    identical: int = 0
+    """Trajectories skipped because the same policy gave the same text for the same prompt before."""
+    policies: int = 0
+    policies_with_two_outputs: int = 0
+    """Policies with two different outputs for at least one prompt: only they can give reference and positive."""
+    prompts: int = 0
+    prompts_with_one_policy: int = 0
+    """No triple, because there is no other policy to take the negative from."""
+    prompts_without_two_outputs: int = 0
+    """No triple, because no policy has two different outputs."""
+    prompts_without_rival: int = 0
+    """No triple, because the strategy finds no other policy here for any policy with two different outputs."""
+    prompts_without_negative: int = 0
+    """No triple, because all outputs of the other policies equal the reference or the positive."""
+    draws: int = 0
+    """Drawn pairs of reference and positive."""
+    draws_without_rival: int = 0
+    """Policies with two different outputs for a prompt, for which the strategy finds no other policy there."""
+    draws_without_negative: int = 0
+    """The same, but all outputs of the other policies equal the reference or the positive."""
+    triples: int = 0
+    unknown_policies: int = 0
+    """Policies that were asked for by name and never seen."""
+    unknown_prompts: int = 0
+    """Prompts that were asked for by id and never seen."""
+    negatives_never_positive: int = 0
+    """Triples whose negative is by a policy without two different outputs anywhere, which gives it away."""
+    length_wins: float = 0
+    """Triples in which the positive is closer in length to the reference (`polar.core.baselines`); ties one half."""
+    strategies: Counter[Rule] = field(default_factory=Counter)
+    """Triples of each strategy."""
+    meetings: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Triples of each pair of policies, that of the positive first."""
+
+    def positives(self) -> Counter[str]:
+        """How often every policy gave the positive."""
+        return self._sum(0)
+
+    def negatives(self) -> Counter[str]:
+        """How often every policy gave the negative."""
+        return self._sum(1)
+
+    def frequency_accuracy(self) -> float | None:
+        """How often the policy that is positive more often, as a share of its triples, is the right one; ties one half.
+
+        A discriminator that recognises policies and ignores the reference gets this far. None without triples.
+        """
+        if not self.triples:
+            return None
+        positives, negatives = self.positives(), self.negatives()
+        share = {
+            policy: positives[policy] / (positives[policy] + negatives[policy]) for policy in positives | negatives
+        }
+        wins = sum(
+            n * ((share[good] > share[bad]) + (share[good] >= share[bad])) / 2
+            for (good, bad), n in self.meetings.items()
+        )
+        return wins / self.triples
+
+    def length_accuracy(self) -> float | None:
+        """How often the positive is closer in length to the reference; None without triples."""
+        return self.length_wins / self.triples if self.triples else None
+
+    def _sum(self, side: int) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        for policies, number in self.meetings.items():
+            counts[policies[side]] += number
+        return counts
+
+
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """What a policy descends from; None is unknown."""
+    """Family and training step of a policy; None is unknown."""
 
     family: str | None = None
     step: int | None = None
@@ -90,6 +218,115 @@ def resolve_lineages(
                 f'field "{name}", or name a table of the policies (rows with policy, family, step)'
             )
     return lineages
+
+
+@dataclass(slots=True)
+class PairSampler:
+    """Samples the triples of one prompt after the other, and keeps what balancing and length matching need."""
+
+    per_prompt: int | None
+    negatives: int
+    strategy: Strategy
+    lineages: Mapping[str, Lineage]
+    balanced: bool
+    match_length: bool
+    can_be_positive: Collection[str]
+    """Policies with two different outputs for some prompt."""
+    report: PairReport
+    positives: Counter[str] = field(default_factory=Counter)
+    """Triples so far in which a policy is positive."""
+    balance: Counter[str] = field(default_factory=Counter)
+    """The same minus those in which it is negative."""
+    length_balance: int = 0
+    """Triples in which the positive is closer in length to the reference minus those in which the negative is."""
+
+    def sample(self, prompt: PromptOutputs, random: Random) -> Iterator[Triple]:
+        """The triples of a prompt, counted."""
+        report, outputs = self.report, prompt.outputs
+        report.prompts += 1
+        report.identical += prompt.identical
+        if len(outputs) == 1:
+            report.prompts_with_one_policy += 1
+            return
+        able = sorted(policy for policy, texts in outputs.items() if len(texts) > 1)
+        if not able:
+            report.prompts_without_two_outputs += 1
+            return
+        random.shuffle(able)
+        if self.balanced:
+            able.sort(key=lambda policy: (self.positives[policy], self.balance[policy]))
+        draws = rivalries = 0
+        for policy in able:
+            triples, has_rival = self.draw(policy, prompt, random)
+            draws += bool(triples)
+            rivalries += has_rival
+            report.draws_without_rival += not has_rival
+            report.draws_without_negative += has_rival and not triples
+            for triple in triples:
+                self.count(triple)
+                yield triple
+            if draws == self.per_prompt:
+                break
+        report.draws += draws
+        report.prompts_without_rival += not rivalries
+        report.prompts_without_negative += rivalries > 0 and not draws
+
+    def draw(self, policy: str, prompt: PromptOutputs, random: Random) -> tuple[list[Triple], bool]:
+        """Triples of one reference and positive of `policy`, and whether the strategy finds any other policy."""
+        outputs = prompt.outputs
+        shuffled = cache(lambda name: random.sample(sorted(outputs[name]), len(outputs[name])))
+        others = sorted(outputs.keys() - {policy})
+        random.shuffle(others)
+        if self.balanced:
+            others.sort(key=lambda other: -self.balance[other])
+        rules = random.sample(RULES, len(RULES)) if self.strategy == "mixed" else [self.strategy]
+        has_rival = False
+        for rule in rules:
+            allowed = candidate_negatives(rule, policy, others, self.lineages)
+            has_rival = has_rival or bool(allowed)
+            tiers = [allowed]
+            if self.balanced:
+                tiers = [[name for name in allowed if (name in self.can_be_positive) is able] for able in (True, False)]
+            for reference, positive, closer in self.attempts(shuffled(policy), random):
+                chosen = choose_negatives(tiers, shuffled, reference, positive, closer, self.negatives)
+                if chosen:
+                    return [
+                        Triple(
+                            prompt=decoded(outputs[policy][reference].prompt),
+                            reference=decoded(outputs[policy][reference].output),
+                            positive=decoded(outputs[policy][positive].output),
+                            negative=decoded(outputs[name][negative].output),
+                            policy=policy,
+                            negative_policy=name,
+                            wrapper=prompt.wrapper,
+                            strategy=rule,
+                        )
+                        for negative, name in chosen.items()
+                    ], has_rival
+        return [], has_rival
+
+    def attempts(self, texts: Sequence[str], random: Random) -> Iterator[tuple[str, str, bool | None]]:
+        """Reference, positive, and whether negatives have to be closer in length; nearly always the first will do."""
+        if not self.match_length:
+            yield from ((reference, positive, None) for reference, positive in permutations(texts, 2))
+            return
+        closer = self.length_balance > 0 or (self.length_balance == 0 and random.random() < 0.5)
+        yield from ((reference, positive, closer) for reference, positive in islice(permutations(texts, 2), TRIES))
+        yield from ((reference, positive, not closer) for reference, positive in permutations(texts, 2))
+
+    def count(self, triple: Triple) -> None:
+        """Count a triple in the report and in the balances."""
+        policy, rival = cast(str, triple.policy), cast(str, triple.negative_policy)
+        self.positives[policy] += 1
+        self.balance[policy] += 1
+        self.balance[rival] -= 1
+        good, bad = length(Group(triple.prompt, triple.reference, (triple.positive, triple.negative)))
+        self.length_balance += (good > bad) - (good < bad)
+        self.report.triples += 1
+        self.report.length_wins += ((good > bad) + (good >= bad)) / 2
+        self.report.strategies[cast(Rule, triple.strategy)] += 1
+        self.report.meetings[policy, rival] += 1
+        self.report.negatives_never_positive += rival not in self.can_be_positive
 
 
 def candidate_negatives(rule: Rule, policy: str, others: Iterable[str], lineages: Mapping[str, Lineage]) -> list[str]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 
 from polar.core.errors import InputError
-from polar.core.records import Message
+from polar.core.records import Message, prompt_id
+from polar.corpus.references import read_answers
 from polar.data.fields import Row
 from polar.data.readers import ReadReport, rows
 from polar.data.record_rows import label_of
 from polar.data.writers import open_writer
-from polar.rft.prompts import Task, UnusableError, read_task
+from polar.rft.prompts import Task, UnusableError, answer_in, read_task
 
 Framework = Literal["verl", "trl", "openrlhf", "swift"]
 Layout = Callable[[Task, str, int], dict[str, Any]]
@@ -193,3 +195,40 @@ LAYOUTS: dict[Framework, tuple[Layout, pa.Schema]] = {
 
 def _plain(messages: tuple[Message, ...]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def with_references(tasks: Iterable[Task], directory: Path, report: DataReport) -> Iterator[Task]:
+    """The tasks with the references that a model gave for their prompts.
+
+    Answers that were cut off at the token limit, and those that are nothing but thinking, are no references. Tasks
+    without any, for this reason or because the model gave no answer, and those that repeat an earlier prompt are set
+    aside.
+
+    Args:
+        tasks: The same, in the same order, as for `ask_for_references`.
+        directory: The same.
+        report: Counts what is set aside.
+    """
+    answers = read_answers(directory)
+    found_id, found = next(answers, ("", []))
+    seen: set[str] = set()
+    for number, task in enumerate(tasks):
+        name = prompt_id(task.prompt)
+        place = f"prompt {number} ({name})"
+        if name in seen:
+            report.leave("a prompt that repeats an earlier one", place)
+            continue
+        seen.add(name)
+        if name != found_id:
+            report.leave("no answer from the model", place)
+            continue
+        references = tuple(dict.fromkeys(filter(None, map(_reference, found))))
+        found_id, found = next(answers, ("", []))
+        if references:
+            yield replace(task, references=references)
+        else:
+            report.leave("no usable reference from the model", place)
+
+
+def _reference(row: dict[str, Any]) -> str:
+    return "" if row["finish_reason"] == "length" else answer_in(row["output"]).strip()

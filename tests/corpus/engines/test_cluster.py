@@ -2,13 +2,9 @@
 
 import asyncio
 import hashlib
-import json
 import os
 import signal
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +19,10 @@ from polar.corpus.engines import Completion, Failure, Request, Result, cluster  
 from polar.corpus.engines.local import end_tokens_of  # noqa: E402
 from polar.corpus.plan import Plan  # noqa: E402
 from polar.corpus.pool import Pool, VllmEngine  # noqa: E402
-from polar.corpus.sample import sample  # noqa: E402
+from polar.corpus.sample import sample_plan  # noqa: E402
 from tests.corpus.engines.tiny import save_policy  # noqa: E402
 from tests.corpus.sampling import files, pool, prompts  # noqa: E402
+from tests.servers import Reply, Server  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -39,54 +36,25 @@ def two_nodes() -> Iterator[None]:
     nodes.shutdown()
 
 
-class Server(ThreadingHTTPServer):
-    """Answers from the seed alone."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.requests = 0
-        self.at_request: dict[int, Callable[[], None]] = {}
-        self.lock = threading.Lock()
+AT_REQUEST: dict[int, Callable[[], None]] = {}
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Server
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        with self.server.lock:
-            self.server.requests += 1
-            act = self.server.at_request.get(self.server.requests, lambda: None)
-        act()
-        time.sleep(0.01)
-        text = hashlib.sha256(f"{asked['model']} {asked['seed']} {asked['messages']}".encode()).hexdigest()
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-        body = json.dumps({"choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": 5}}).encode()
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
+def seeded(number: int, body: dict[str, Any]) -> Reply:
+    """An answer from the seed alone."""
+    AT_REQUEST.pop(number, lambda: None)()
+    text = hashlib.sha256(f"{body['model']} {body['seed']} {body['messages']}".encode()).hexdigest()
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    return Reply(body={"choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": 5}}, delay=0.01)
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with Server(seeded) as server:
+        yield server
 
 
 def endpoints(server: Server) -> Pool:
-    return pool(base_url=f"http://127.0.0.1:{server.server_port}/v1", concurrency=4, deadline=30)
+    return pool(base_url=server.url, concurrency=4, deadline=30)
 
 
 def workers() -> list[int]:
@@ -108,7 +76,7 @@ def test_two_nodes_give_the_corpus_of_one_process(
     tmp_path: Path, server: Server, two_nodes: None, killed: bool
 ) -> None:
     plan = Plan(endpoints(server))
-    sample(plan, prompts(60), str(tmp_path / "one"), shard_prompts=20)
+    sample_plan(plan, prompts(60), str(tmp_path / "one"), shard_prompts=20)
     victims: list[int] = []
 
     def kill() -> None:
@@ -116,8 +84,10 @@ def test_two_nodes_give_the_corpus_of_one_process(
         os.kill(victims[0], signal.SIGKILL)
 
     if killed:
-        server.at_request[server.requests + 40] = kill
-    report = sample(plan, prompts(60), str(tmp_path / "two"), shard_prompts=20, open_engine=cluster.open_on_cluster)
+        AT_REQUEST[len(server.bodies) + 40] = kill
+    report = sample_plan(
+        plan, prompts(60), str(tmp_path / "two"), shard_prompts=20, open_engine=cluster.open_on_cluster
+    )
     assert not report.set_aside
     assert len(victims) == killed
     assert files(tmp_path / "two") == files(tmp_path / "one")
@@ -133,7 +103,7 @@ def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path: Path, two_nodes: No
         }
     )
     with pytest.raises(InputError, match="none") as error:
-        sample(Plan(missing), prompts(3), str(tmp_path / "out"), open_engine=cluster.open_on_cluster)
+        sample_plan(Plan(missing), prompts(3), str(tmp_path / "out"), open_engine=cluster.open_on_cluster)
     assert "\n" not in str(error.value)
     assert "Traceback" not in str(error.value)
 

@@ -19,7 +19,7 @@ from polar.core.records import Message
 from polar.corpus.engines import Completion, Failure, Request, Result
 from polar.corpus.engines.http import HttpSampler
 from polar.corpus.pool import HttpEngine, Policy
-from tests.corpus.engines.scripted import Reply, Script, Server, serving
+from tests.servers import Reply, Script, Server
 
 KEY = "sk-not-for-anybody-else"
 
@@ -49,14 +49,14 @@ def numbered(count: int) -> list[Request]:
 def draw(script: Script, requests: Sequence[Request], **settings: Any) -> tuple[list[Result], Server]:
     """Sample the requests as one batch, from a server with this script."""
 
-    async def run() -> tuple[list[Result], Server]:
-        async with serving(script) as server:
-            engine = sampler(server.url, **settings)
-            results = await engine.sample(requests)
-            await engine.close()
-            return results, server
+    async def run(server: Server) -> list[Result]:
+        engine = sampler(server.url, **settings)
+        results = await engine.sample(requests)
+        await engine.close()
+        return results
 
-    return asyncio.run(run())
+    with Server(script) as server:
+        return asyncio.run(run(server)), server
 
 
 def completion(text: object = "fine", finish_reason: object = "stop", **more: Any) -> dict[str, Any]:
@@ -116,37 +116,22 @@ def test_results_stay_in_the_order_of_the_requests() -> None:
 
 
 def test_the_limit_of_requests_in_flight_holds_over_all_batches() -> None:
-    async def run() -> Server:
-        async with serving(lambda n, body: Reply(body=completion(), delay=0.005)) as server:
-            engine = sampler(server.url, concurrency=5, batch_size=3)
-            assert engine.in_flight == math.ceil(5 / 3) + 1
-            batches = [engine.sample(numbered(6)) for _ in range(4)]
-            assert all(result == FINE for batch in await asyncio.gather(*batches) for result in batch)
-            await engine.close()
-            return server
+    async def run(server: Server) -> None:
+        engine = sampler(server.url, concurrency=5, batch_size=3)
+        assert engine.in_flight == math.ceil(5 / 3) + 1
+        batches = [engine.sample(numbered(6)) for _ in range(4)]
+        assert all(result == FINE for batch in await asyncio.gather(*batches) for result in batch)
+        await engine.close()
 
-    assert asyncio.run(run()).most_active == 5
+    with Server(lambda n, body: Reply(body=completion(), delay=0.1)) as server:
+        asyncio.run(run(server))
+    assert server.most_active == 5
 
 
 def test_connections_are_used_again() -> None:
-    ports = set()
-
-    async def run() -> None:
-        async with serving(echo) as server:
-            handle = server.handle
-
-            async def count(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-                ports.add(writer.get_extra_info("peername"))
-                await handle(reader, writer)
-
-            listener = await asyncio.start_server(count, "127.0.0.1", 0)
-            engine = sampler(f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/v1", concurrency=2)
-            assert not any(isinstance(result, Failure) for result in await engine.sample(numbered(20)))
-            await engine.close()
-            listener.close()
-
-    asyncio.run(run())
-    assert len(ports) == 2
+    results, server = draw(echo, numbered(20), concurrency=2)
+    assert not any(isinstance(result, Failure) for result in results)
+    assert server.connections == 2
 
 
 @pytest.mark.parametrize(
@@ -287,7 +272,7 @@ def failure(results: list[Result]) -> str:
         ({"message": "too long"}, "too long"),
         ({"detail": [{"loc": ["prompt"], "msg": "too long"}]}, '[{"loc": ["prompt"], "msg": "too long"}]'),
         (b"too " * 1000, "too too"),
-        (b"", "Status"),
+        (b"", "Bad Request"),
     ],
 )
 def test_a_refused_request_fails_at_once_and_alone(body: Any, message: str) -> None:
@@ -354,11 +339,11 @@ def test_an_endpoint_that_answers_is_not_reported_for_a_busy_moment(caplog: pyte
         (Reply(0), "RemoteProtocolError"),
         (Reply(body=b"garbage"), "not a completion: garbage"),
         (Reply(body={"choices": []}), 'not a completion: {"choices": []}'),
-        (Reply(body=completion(), delay=60), "no complete reply within 0.05 s"),
+        (Reply(body=completion(), delay=60), "no complete reply within 0.3 s"),
     ],
 )
 def test_a_fault_that_stays_is_told_after_the_deadline(reply: Reply, reason: str) -> None:
-    results, server = draw(lambda n, body: reply, numbered(1), deadline=0.2, timeout=0.05)
+    results, server = draw(lambda n, body: reply, numbered(1), deadline=0.5, timeout=0.3)
     assert reason in failure(results)
     assert len(server.bodies) > 1
 
@@ -420,7 +405,7 @@ def test_the_key_is_sent_but_never_told(
     monkeypatch.setenv("FAR_KEY", f"{KEY}\n")  # as read from a file
     caplog.set_level(logging.DEBUG)
     results, server = draw(lambda n, body: reply, numbered(3), api_key_env="FAR_KEY", deadline=0.1, concurrency=1)
-    assert f"authorization: bearer {KEY}\r\n" in server.heads[0].replace("A", "a").replace("B", "b")
+    assert server.headers[0]["authorization"] == f"Bearer {KEY}"
     told = caplog.text + repr(results)
     assert KEY[:8] not in told
     assert "HTTP Request" in told or "POST" in told  # the client did log
@@ -477,16 +462,16 @@ def test_an_address_with_an_impossible_port_is_the_users_mistake() -> None:
 
 
 def test_cancelling_ends_requests_in_flight() -> None:
-    async def run() -> Server:
-        async with serving(lambda n, body: Reply(body=completion(), delay=60)) as server:
-            engine = sampler(server.url, timeout=60)
-            task = asyncio.create_task(engine.sample(numbered(3)))
-            while len(server.bodies) < 3:
-                await asyncio.sleep(0.001)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            await engine.close()
-            return server
+    async def run(server: Server) -> None:
+        engine = sampler(server.url, timeout=60)
+        task = asyncio.create_task(engine.sample(numbered(3)))
+        while len(server.bodies) < 3:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await engine.close()
 
-    assert len(asyncio.run(run()).bodies) == 3
+    with Server(lambda n, body: Reply(body=completion(), delay=60)) as server:
+        asyncio.run(run(server))
+    assert len(server.bodies) == 3

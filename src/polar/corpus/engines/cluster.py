@@ -27,7 +27,7 @@ from polar.corpus.pool import HttpEngine, Policy, VllmEngine
 log = logging.getLogger(__name__)
 
 TRIES = 3
-"""How often a batch is begun again after its worker died, before it is set aside: it may be what kills the worker."""
+"""How often a batch is begun again after its worker died, before it fails: it may be what kills the worker."""
 ERROR = "__inference_error__"
 """Ray's column for what went wrong with a row; such rows do not pass through our own postprocessing."""
 WAVE_SECONDS = 0.5
@@ -55,7 +55,7 @@ def connect(address: str) -> None:
 
 
 def open_on_cluster(policy: Policy) -> Engine:
-    """What `polar.corpus.engines.open_engine` does, on the cluster that `connect` found.
+    """Open a policy on the cluster that `connect` found, as `polar.corpus.engines.open_engine` does here.
 
     Raises:
         InputError: the model cannot be loaded there.
@@ -105,7 +105,7 @@ class RayActors:
             results: list[Result] = await self._actors[worker].sample.remote(list(requests))
             return results
         except ray.exceptions.RayActorError as error:
-            log.warning("a worker died %d times over one batch, which is set aside: %s", TRIES + 1, error)
+            log.warning("a worker died %d times over one batch, which fails: %s", TRIES + 1, error)
             return [Failure(f"the worker died {TRIES + 1} times over this batch")] * len(requests)
         finally:
             self._busy[worker] -= 1
@@ -251,7 +251,7 @@ class RayDataSampler:
 
 
 def _finish_reason(model: str, output: Sequence[int]) -> str:
-    """Why an output ended, which the processor does not say: at an end token, at max_tokens or with the context."""
+    """Return why an output ended (an end token, max_tokens or the context), which the processor does not say."""
     return "stop" if len(output) and output[-1] in end_tokens_of(model) else "length"
 
 

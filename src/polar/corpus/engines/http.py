@@ -1,12 +1,12 @@
 """Policies behind an OpenAI-compatible server.
 
 A base policy is asked at `/completions`, a chat policy at `/chat/completions`. One request draws one sample with its
-own seed, so that a request that is sent again gives the same sample. What a seed promises is the server's matter: vLLM
+own seed, so that a request that is sent again gives the same sample. What a seed promises depends on the server: vLLM
 and SGLang use it for the sample alone (rounding still depends on what else they compute at that moment); `transformers
 serve` seeds the whole process with it, so its samples repeat with a concurrency of 1 only.
 
 The pool's decoding is sent in full, but a server fills what it leaves out from the checkpoint's generation_config.json
-(a repetition penalty, for instance); vLLM is told not to with `--generation-config vllm`. Fields of `extra_body`
+(a repetition penalty, for instance); vLLM does not with `--generation-config vllm`. Fields of `extra_body`
 replace those of the same name, and a field that is null is not sent. `transformers serve` refuses top_k and does not
 sample by itself: give it `top_k: null` and `extra_body: {generation_config: '{"do_sample": true, "top_k": 50}'}`.
 

@@ -134,7 +134,7 @@ def end_tokens_of(model: str) -> list[int]:
 
 @contextmanager
 def loading(policy: Policy) -> Iterator[None]:
-    """What goes wrong while a model is loaded (in the files, on the hub, on the device) is the matter of the user."""
+    """Report errors while a model is loaded (files, hub, device) as `InputError`."""
     try:
         yield
     except Exception as error:
