@@ -11,9 +11,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from polar import InputError, RewardModel, Template
 from polar.core.template import EncodedGroup
 from polar.model.backbone import prepare
-from polar.model.last_layer import _take
 from polar.model.reward_model import _rows
-from polar.model.tree import hidden_states, rewards, tree_batch
+from polar.model.tree import _take, hidden_states, rewards, tree_batch
 from tests.conftest import build_model
 
 SMALL = {
@@ -109,12 +108,12 @@ def test_rewards_and_gradients_are_those_of_one_sequence_at_a_time(kind: str, ro
 @pytest.mark.parametrize("kind", IN_ROWS)
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 def test_the_rewards_are_the_same_on_every_cpu(kind: str) -> None:
-    """With AVX-512 rows are padded, and attention is told to go in blocks, which some architectures do not pass on."""
+    """For oneDNN rows are padded, and attention is asked to use it, which some architectures do not pass on."""
     model = build(kind, **IN_ROWS[kind])
     with torch.inference_mode():
         expected = one_at_a_time(model)
         prepare(model)
-        found = rewards(model, tree_batch(GROUPS, in_blocks=True))
+        found = rewards(model, tree_batch(GROUPS, onednn=True))
     assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
 
 

@@ -10,9 +10,8 @@ import torch
 
 from polar import RewardModel, Template
 from polar.core.template import EncodedGroup
-from polar.model.last_layer import last_layer_only_at
-from polar.model.products import few_lengths
-from polar.model.tree import rewards, tree_batch
+from polar.model.cpu import few_lengths
+from polar.model.tree import only_where_read, rewards, tree_batch
 from tests.conftest import ARCHITECTURES, build_model
 
 GROUPS = [EncodedGroup(list(range(10, 40)), [[50, 51, 52], [60] * 70], []), EncodedGroup([], [[7, 8, 9]], [])]
@@ -66,24 +65,28 @@ def test_threads_do_not_see_each_others_rows(
         assert found[number % 4][number // 4][0] == pytest.approx(other.score_encoded(load)[0], abs=1e-5)
 
 
-def test_numbers_of_places_are_few_where_every_new_shape_costs(reward_model: RewardModel) -> None:
-    model, ids, places = reward_model.model, torch.arange(4, 84)[None], torch.tensor([3, 17, 79])
+@pytest.mark.parametrize(("onednn", "places"), [(False, 3), (True, few_lengths(3))])
+def test_numbers_of_places_are_few_where_every_new_shape_costs(
+    reward_model: RewardModel, onednn: bool, places: int
+) -> None:
+    model, batch = reward_model.model, tree_batch(GROUPS, onednn=onednn)
     computed: list[int] = []
     projection = model.model.layers[-1].mlp.down_proj
     hook = projection.register_forward_hook(lambda part, values, output: computed.append(output.shape[1]))
     try:
         with torch.inference_mode():
-            expected = model.model(ids).last_hidden_state[0, places]
-            with last_layer_only_at(model, places, 80, few_shapes=True):
-                found = model.model(ids).last_hidden_state[0, places]
+            expected = model.model(batch.ids_1T).last_hidden_state[0, batch.scores_N]
+            with only_where_read(model, batch):
+                found = model.model(batch.ids_1T).last_hidden_state[0, batch.scores_N]
     finally:
         hook.remove()
-    assert computed == [80, few_lengths(3)]
+    assert computed == [batch.ids_1T.shape[1], places]
     assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_other_architectures_are_left_alone(reward_model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reward_model.model.config, "model_type", "another", raising=False)
-    with torch.inference_mode(), last_layer_only_at(reward_model.model, torch.tensor([1]), 3):
-        hidden = reward_model.model.model(torch.tensor([[4, 5, 6]])).last_hidden_state
+    batch = tree_batch([EncodedGroup([], [[4, 5, 6]], [])])
+    with torch.inference_mode(), only_where_read(reward_model.model, batch):
+        hidden = reward_model.model.model(batch.ids_1T).last_hidden_state
     assert bool(hidden.abs().sum(-1).gt(0).all())

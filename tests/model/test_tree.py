@@ -15,10 +15,9 @@ from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from polar import InputError, RewardModel
 from polar.core.template import EncodedGroup
-from polar.model import attention, row_attention, tree
+from polar.model import attention, tree
 from polar.model.attention import TREE_ATTENTION, block_mask, segment_table, tree_attention, varlen_arguments
 from polar.model.backbone import prepare
-from polar.model.blocks import Blocks
 from polar.model.reward_model import _rows
 from polar.model.tree import rewards, row_length, tree_batch
 
@@ -197,7 +196,7 @@ def test_products_with_gradients_equal_a_dense_mask(segments: list[tuple[int, in
     expected = scaled_dot_product_attention(*parts, mask, scale=0.7, enable_gqa=True).transpose(1, 2)
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_attention, "QUERIES", block)
+        patch.setattr(attention, "QUERY_BLOCK", block)
         ours, _ = tree_attention(torch.nn.Identity(), *parts, segment_table(segments), scaling=0.7)
         assert type(ours.grad_fn).__name__ == "RowAttentionBackward"
         gradients = torch.autograd.grad((ours * weight).sum(), parts)
@@ -211,8 +210,8 @@ def test_attention_weights_that_would_take_much_memory_are_not_kept(
 ) -> None:
     batch = tree_batch(ROWS["several groups"])
     expected = rewards(llama.model, batch)
-    monkeypatch.setattr(row_attention, "MAX_WEIGHTS", 1)
-    monkeypatch.setattr(row_attention.RowAttention, "apply", None)
+    monkeypatch.setattr(attention, "MAX_WEIGHTS", 1)
+    monkeypatch.setattr(attention.RowAttention, "apply", None)
     assert rewards(llama.model, batch).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
 
 
@@ -261,13 +260,13 @@ def test_a_sliding_window_is_refused_only_where_it_would_matter() -> None:
 
 
 @pytest.mark.parametrize("more", ["softcap", "s_aux", "position_bias"])
-@pytest.mark.parametrize("form", ["table", "flash-attn", "blocks", "single sequence"])
+@pytest.mark.parametrize("form", ["table", "flash-attn", "onednn", "single sequence"])
 def test_attention_with_more_than_scaled_products_is_refused(more: str, form: str) -> None:
     query, key, value = random_heads(5)
     table = segment_table([(0, 0, 0, 2), (0, 2, 2, 5)])
     forms: dict[str, dict[str, Any]] = {
         "flash-attn": varlen_arguments(table, torch.device("cpu")),
-        "blocks": {"blocks": Blocks(table, 5)},
+        "onednn": {"onednn": True},
     }
     mask = None if form == "single sequence" else table
     with pytest.raises(InputError, match=more):

@@ -22,8 +22,7 @@ from torch import Tensor
 from polar.core.errors import InputError, reason
 from polar.core.template import EncodedGroup
 from polar.model.attention import TREE_ATTENTION
-from polar.model.last_layer import add_hooks
-from polar.model.tree import row_states, separate_states, tree_batch
+from polar.model.tree import add_hooks, row_states, separate_states, tree_batch
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -235,15 +234,15 @@ class RewardModel:
         """Rewards of groups that the template has encoded already; see `score_groups`."""
         import torch
 
-        from polar.model.products import fast_products, onednn_helps
+        from polar.model.cpu import choose_kernel, use_kernel
         from polar.model.tree import rewards, tree_batch
 
         scores: list[list[float]] = [[] for _ in groups]
         shared = bool(self.model.takes_rows)
-        in_blocks = shared and onednn_helps(self.device, self.model.dtype)
+        kernel = choose_kernel(self.model)
         for row in _rows(groups, batch_tokens or (4096 if self.device.type == "cpu" else 16384), shared=shared):
-            batch = tree_batch([piece for _, piece in row], in_blocks=in_blocks).to(self.device)
-            with torch.inference_mode(), fast_products(self.device, self.model.dtype) if shared else nullcontext():
+            batch = tree_batch([piece for _, piece in row], onednn=kernel == "onednn").to(self.device)
+            with torch.inference_mode(), use_kernel(kernel, self.model.dtype):
                 values = rewards(self.model, batch).tolist()
             if progress is not None:
                 progress(len(values))

@@ -21,8 +21,8 @@ from transformers import (
 from polar.core.checkpoint import checkpoint_directory
 from polar.core.errors import InputError, reason
 from polar.model.adapters import base_of, four_bits, is_adapter, merge_adapter, require_peft
+from polar.model.cpu import multiplies_bfloat16
 from polar.model.files import find_shards, read_json
-from polar.model.products import multiplies_bfloat16
 
 log = logging.getLogger(__name__)
 

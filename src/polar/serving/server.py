@@ -7,6 +7,7 @@ exit code 0. A second signal does not wait. SIGHUP loads the checkpoint again.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import signal
 import socket
@@ -171,10 +172,19 @@ async def serve(
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )
     server = _Server(config, service, drain_seconds)
+    _keep_freed_memory()
     await service.checkpoint.connect()
     with suppress(NotImplementedError, RuntimeError):  # there is no SIGHUP on Windows, and no signal in other threads
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.start_reload)
     await server.serve([listener])
+
+
+def _keep_freed_memory() -> None:
+    """Ask glibc to keep up to 1 GiB of freed tensors: the kernel would have to clear the pages of the next ones."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(ctypes.c_int(-3), ctypes.c_int(32 * 2**20))  # M_MMAP_THRESHOLD, the largest that glibc takes
+        mallopt(ctypes.c_int(-1), ctypes.c_int(2**30))  # M_TRIM_THRESHOLD
 
 
 class _Server(uvicorn.Server):
