@@ -14,12 +14,11 @@ from polar import Comparison, InputError, Template
 from polar.core.checkpoint import Probe
 from polar.core.errors import EngineError
 from polar.serving.app import create_app
-from polar.serving.checkpoint import Checkpoint
+from polar.serving.checkpoint import Checkpoint, addresses, load_served
 from polar.serving.errors import RefusalError
-from polar.serving.gateway import addresses, load_served, score_elsewhere
 from polar.serving.metrics import Metrics
 from polar.serving.server import bind, serve
-from polar.serving.service import Service
+from polar.serving.service import Service, score_elsewhere
 from tests.serving.serving import CPU, ask, flat, service
 
 Result = TypeVar("Result")

@@ -3,7 +3,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar.serving.prefix_trees import SHORTEST, Row, shared_trees
+from polar.serving.batcher import SHORTEST, Row, shared_trees
 
 ids = st.lists(st.integers(0, 3), min_size=1, max_size=3 * SHORTEST)
 START = list(range(100, 100 + 2 * SHORTEST))

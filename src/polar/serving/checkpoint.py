@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +13,7 @@ from typing import Any, cast
 from starlette.responses import JSONResponse
 
 from polar.client.client import AsyncRewardModelClient
+from polar.client.transport import Limits
 from polar.core.checkpoint import (
     BUNDLED,
     Calibration,
@@ -27,6 +28,9 @@ from polar.core.records import Comparison
 from polar.core.template import Compat, EncodedGroup, Template
 from polar.model.reward_model import RewardModel
 from polar.serving.errors import RefusalError
+
+SERVERS_SECONDS = 300.0
+"""Time that the servers behind a gateway have for one request, with all tries."""
 
 Inputs = list[str] | list[list[int]]
 """Complete inputs, as other servers take them: texts in which special tokens are spelt, or token ids."""
@@ -156,20 +160,37 @@ def load_checkpoint(source: str, loading: Loading) -> Checkpoint:
     return _checkpoint(source, checkpoint_directory(source), model.template, model)
 
 
-def load_template(source: str, loading: Loading, servers: Callable[[Path], AsyncRewardModelClient]) -> Checkpoint:
-    """Read what a gateway needs of a checkpoint: the input format, the tokenizer and the probes, but no weights.
+def load_served(source: str, loading: Loading, backends: Sequence[str]) -> Checkpoint:
+    """Return a checkpoint whose rewards servers compute; `Checkpoint.connect` proves them.
+
+    Only input format, tokenizer and probes are read, no weights. Every checkpoint has a client of its own: a reward is
+    never asked of servers that were proven for another one.
 
     Args:
-        source: See `RewardModel.load`.
+        source: The checkpoint that the servers serve.
         loading: Its compat and lengths.
-        servers: From the checkpoint's directory to what asks the servers.
+        backends: Addresses as `AsyncRewardModelClient` takes them: `vllm=HOST:PORT,HOST:PORT`.
 
     Raises:
         InputError: There is no usable checkpoint at that place, or an address is unusable.
     """
     directory = BUNDLED.get(source) or local_directory(source, ["*.json"])
     template = Template.load(directory, loading.compat).with_lengths(loading.max_length, loading.max_response_length)
-    return _checkpoint(source, directory, template, servers=servers(directory))
+    limits = Limits(timeout=SERVERS_SECONDS, deadline=SERVERS_SECONDS)
+    servers = AsyncRewardModelClient(directory, server_address=addresses(backends), limits=limits)
+    return _checkpoint(source, directory, template, servers=servers)
+
+
+def addresses(backends: Sequence[str]) -> list[str]:
+    """Return one address for each server; `vllm=a,b` names the engine of both."""
+    found = []
+    for backend in backends:
+        kind = "auto"
+        for word in backend.split(","):
+            before, equals, after = word.strip().partition("=")
+            kind, address = (before, after) if equals else (kind, before)
+            found.append(f"{kind}={address}")
+    return found
 
 
 def _checkpoint(

@@ -30,12 +30,11 @@ from polar.core.checkpoint import BUNDLED_NAME
 from polar.core.errors import InputError
 from polar.serving.app import create_app
 from polar.serving.batcher import Batcher
-from polar.serving.checkpoint import Loading, load_checkpoint
+from polar.serving.checkpoint import Loading, load_checkpoint, load_served
 from polar.serving.errors import RefusalError
-from polar.serving.gateway import load_served, score_elsewhere
 from polar.serving.metrics import Metrics
 from polar.serving.middleware import RequestLimits
-from polar.serving.service import Score, Service
+from polar.serving.service import Score, Service, score_elsewhere
 
 log = logging.getLogger(__name__)
 
@@ -171,12 +170,48 @@ async def serve(
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )
-    server = _Server(config, service, drain_seconds)
+    server, loop = uvicorn.Server(config), asyncio.get_running_loop()
+    background: set[asyncio.Task[None]] = set()
+
+    def end(sig: int, frame: FrameType | None) -> None:
+        if service.draining:
+            server.should_exit = server.force_exit = True
+            return
+        service.draining = True
+        log.info("shutting down: %d inputs are in flight", service.in_flight)
+        loop.call_soon_threadsafe(lambda: background.add(loop.create_task(_drain(server, service, drain_seconds))))
+
     _keep_freed_memory()
     await service.checkpoint.connect()
-    with suppress(NotImplementedError, RuntimeError):  # there is no SIGHUP on Windows, and no signal in other threads
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.start_reload)
-    await server.serve([listener])
+    running = loop.create_task(server.serve([listener]))
+    try:
+        while not (server.started or running.done()):
+            await asyncio.sleep(0.01)
+        # Other threads get no signals, and Windows has no SIGHUP.
+        with suppress(AttributeError, NotImplementedError, RuntimeError, ValueError):
+            for number in (signal.SIGINT, signal.SIGTERM):  # in place of uvicorn's, which restores the former ones
+                signal.signal(number, end)
+            loop.add_signal_handler(signal.SIGHUP, lambda: background.add(loop.create_task(_reload(service))))
+        host, port = listener.getsockname()[:2]
+        log.info("%s: listening on http://%s:%d", service.name, f"[{host}]" if ":" in host else host, port)
+        await running
+    finally:
+        running.cancel()
+
+
+async def _drain(server: uvicorn.Server, service: Service, seconds: float) -> None:
+    """End the server when no request is in flight, or after so many seconds."""
+    deadline = time.monotonic() + seconds - CLOSING_SECONDS
+    while not service.idle and time.monotonic() < deadline:
+        await asyncio.sleep(0.1)
+    if not service.idle:
+        log.error("%d inputs are given up after %g s", service.in_flight, seconds)
+    server.should_exit = True
+
+
+async def _reload(service: Service) -> None:
+    with suppress(RefusalError):  # it has been logged
+        await service.reload()
 
 
 def _keep_freed_memory() -> None:
@@ -185,51 +220,6 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(ctypes.c_int(-3), ctypes.c_int(32 * 2**20))  # M_MMAP_THRESHOLD, the largest that glibc takes
         mallopt(ctypes.c_int(-1), ctypes.c_int(2**30))  # M_TRIM_THRESHOLD
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server with other answers to signals."""
-
-    def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float) -> None:
-        super().__init__(config)
-        self.service, self.drain_seconds = service, drain_seconds
-        self._drain: asyncio.Task[None] | None = None
-        self._reload: asyncio.Task[None] | None = None
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to listen, and log the address."""
-        await super().startup(sockets)
-        for listener in sockets or []:
-            host, port = listener.getsockname()[:2]
-            log.info("%s: listening on http://%s:%d", self.service.name, f"[{host}]" if ":" in host else host, port)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain; the second time, end at once."""
-        if self.service.draining:
-            self.should_exit = self.force_exit = True
-            return
-        self.service.draining = True
-        log.info("shutting down: %d inputs are in flight", self.service.in_flight)
-        asyncio.get_running_loop().call_soon_threadsafe(self._start_drain)
-
-    def _start_drain(self) -> None:
-        self._drain = asyncio.create_task(self._end_when_idle())
-
-    async def _end_when_idle(self) -> None:
-        deadline = time.monotonic() + self.drain_seconds - CLOSING_SECONDS
-        while not self.service.idle and time.monotonic() < deadline:
-            await asyncio.sleep(0.1)
-        if not self.service.idle:
-            log.error("%d inputs are given up after %g s", self.service.in_flight, self.drain_seconds)
-        self.should_exit = True
-
-    def start_reload(self) -> None:
-        """Load the checkpoint again, in the background."""
-        self._reload = asyncio.create_task(self._try_reload())
-
-    async def _try_reload(self) -> None:
-        with suppress(RefusalError):  # it has been logged
-            await self.service.reload()
 
 
 def _timed_protocol(read_seconds: float) -> type[H11Protocol]:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from polar.core.errors import InputError
+from polar.core.errors import EngineError, InputError, RewardError
 from polar.core.template import EncodedGroup
 from polar.serving.checkpoint import Checkpoint
 from polar.serving.errors import NoRewardError, RefusalError
@@ -170,3 +170,16 @@ class Service:
             del self._requests[checkpoint]
             if checkpoint is not self.checkpoint:
                 await checkpoint.close()
+
+
+async def score_elsewhere(checkpoint: Checkpoint, groups: Sequence[EncodedGroup]) -> list[list[float]]:
+    """Return the rewards of every branch of every group, in their order, from the servers behind a gateway.
+
+    Raises:
+        RefusalError: The servers did not give all of them.
+    """
+    assert checkpoint.servers is not None
+    try:
+        return await checkpoint.servers.score_encoded(groups)
+    except (RewardError, EngineError) as error:
+        raise RefusalError(502, str(error)) from error
