@@ -26,9 +26,16 @@ from polar.core.errors import InputError
 from polar.core.records import Comparison, Message
 from polar.core.template import Template, TemplateSettings, seed_text
 from polar.model import internlm2
-from polar.model.files import read_shard
-from polar.model.internlm2 import SOURCE_FILES, convert
-from polar.model.internlm2_layout import BASE_MODEL, REWARD_MODEL, map_config, map_tensor, source_shapes
+from polar.model.internlm2 import (
+    BASE_MODEL,
+    REWARD_MODEL,
+    SOURCE_FILES,
+    convert,
+    map_config,
+    map_tensor,
+    read_shard,
+    source_shapes,
+)
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "golden"
 MODEL1 = FIXTURES / "model1"

@@ -16,8 +16,7 @@ from polar.cli.main import main
 from polar.core.checkpoint import BUNDLED, read_checkpoint_file
 from polar.model import export as exporting
 from polar.model.export import AUTO_MAP, export
-from polar.model.internlm2 import convert
-from polar.model.internlm2_layout import source_shapes
+from polar.model.internlm2 import convert, source_shapes
 from tests.conftest import build_model
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden" / "model1"

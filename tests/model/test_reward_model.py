@@ -13,9 +13,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from polar import Comparison, Group, InputError, Message, RewardModel, Template
-from polar.core.checkpoint import CHECKPOINT_FILE
+from polar.core.checkpoint import CHECKPOINT_FILE, put_in_place
 from polar.core.template import EncodedGroup
-from polar.model.files import put_in_place
 from polar.model.tree import rewards, tree_batch
 from tests.conftest import build_model
 from tests.killing import killed_before_change

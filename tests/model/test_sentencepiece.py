@@ -42,7 +42,7 @@ def test_tokenizer_cases(directory):
     assert different == limits | ({"[UNUSED_TOKEN_130]", "a[UNUSED_TOKEN_7] b"} if directory == DUMMY_PREFIX else set())
 
 
-PIECES = [piece.text.replace("▁", " ") for piece in read_model(MODEL1 / "tokenizer.model").pieces if piece.type == 1]
+PIECES = [piece.piece.replace("▁", " ") for piece in read_model(MODEL1 / "tokenizer.model").pieces if piece.type == 1]
 SPECIAL = [token["content"] for token in read_json(MODEL1 / "tokenizer_config.json")["added_tokens_decoder"].values()]
 TEXTS = (
     st.lists(st.sampled_from([*PIECES, " ", "▁", "é", "😀"]) | st.text(max_size=3), max_size=30)

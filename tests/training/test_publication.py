@@ -13,8 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from polar import InputError, RewardModel
-from polar.core.checkpoint import CHECKPOINT_FILE, read_checkpoint_file
-from polar.model.files import own_files
+from polar.core.checkpoint import CHECKPOINT_FILE, own_files, read_checkpoint_file
 from polar.model.weights import weights_hash
 from polar.training import run
 from polar.training.config import FinetuneConfig, LoraSettings

@@ -1,4 +1,4 @@
-"""A checkpoint as a directory of files: where it is, and its `polar.json` (template, calibration, probes, provenance).
+"""A checkpoint as a directory of files: where it is, how a new one replaces an older one, and its `polar.json`.
 
 Nothing here needs torch: clients and servers in front of other engines read the same file as the model does.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,24 @@ from polar.core.records import Group
 
 CHECKPOINT_FILE = "polar.json"
 """Our own file in a checkpoint directory: template, calibration, probes, provenance."""
+
+OWN_FILES = (
+    CHECKPOINT_FILE,
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "additional_chat_templates",
+)
+"""What a checkpoint may consist of. Other files in its directory are not ours."""
 
 BUNDLED = {name: Path(__file__).parents[1] / "checkpoints" / name for name in ("polar-mini", "polar-nano")}
 """The directories of the reward models that come with the package, by name."""
@@ -84,19 +103,72 @@ def read_checkpoint_file(directory: str | Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing or is not a JSON object.
     """
-    path = Path(directory) / CHECKPOINT_FILE
+    return read_json(
+        Path(directory) / CHECKPOINT_FILE,
+        missing=f"{directory}: no {CHECKPOINT_FILE}, so the input format is unknown; convert an official POLAR "
+        "checkpoint with `polar convert`, or train one with `polar pretrain` or `polar finetune`",
+    )
+
+
+def read_json(path: Path, *, missing: str | None = None) -> dict[str, Any]:
+    """Return the content of a JSON file of a checkpoint.
+
+    Args:
+        path: The file.
+        missing: Message of the error if there is none.
+
+    Raises:
+        InputError: The file is missing, or is not a JSON object.
+    """
     try:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
-        raise InputError(
-            f"{directory}: no {CHECKPOINT_FILE}, so the input format is unknown; convert an official POLAR checkpoint "
-            "with `polar convert`, or train one with `polar pretrain` or `polar finetune`"
-        ) from error
+        expected = f"{path.parent}: no {path.name}; expected a Hugging Face checkpoint directory"
+        raise InputError(missing or expected) from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def find_shards(directory: Path) -> list[Path]:
+    """Return the weight files of a checkpoint directory, safetensors first; one shard unless there is an index."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (directory / single).is_file():
+            return [directory / single]
+        index = directory / f"{single}.index.json"
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+            if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+                raise InputError(f'{index}: expected a "weight_map" from tensors to files of this directory')
+            return [directory / name for name in sorted(names)]
+    raise InputError(
+        f"{directory}: no weights; expected model.safetensors or pytorch_model.bin, or shards of one with their index"
+    )
+
+
+def own_files(directory: Path) -> list[Path]:
+    """Return the files of a directory that have names of `OWN_FILES`; none if there is no directory."""
+    return sorted({path for pattern in OWN_FILES for path in directory.glob(pattern)})
+
+
+def put_in_place(written: Path, target: Path) -> None:
+    """Move a whole checkpoint into a directory, in place of an older one; other files there stay.
+
+    Nothing is a checkpoint without its `polar.json`, so that goes first and comes last: a process that is killed in
+    between leaves no checkpoint there, and never a mixture of two.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    (target / CHECKPOINT_FILE).unlink(missing_ok=True)
+    for path in own_files(target):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in sorted(written.iterdir(), key=lambda path: (path.name == CHECKPOINT_FILE, path.name)):
+        path.replace(target / path.name)
 
 
 @dataclass(frozen=True, slots=True)

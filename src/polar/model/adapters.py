@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from polar.core.checkpoint import read_json
 from polar.core.errors import InputError, reason
-from polar.model.files import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -18,13 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from polar.core.checkpoint import checkpoint_directory, read_checkpoint_file
+from polar.core.checkpoint import checkpoint_directory, find_shards, read_checkpoint_file, read_json
 from polar.core.errors import InputError, reason
 from polar.core.files import new_directory, on_disk, require_new, write_json
 from polar.core.template import Template
 from polar.core.version import __version__
-from polar.model.files import find_shards, read_json
-from polar.model.internlm2_layout import COUNTS, LAYER_NAMES, OUTER_NAMES, REWARD_MODEL, source_shapes
+from polar.model.internlm2 import COUNTS, LAYER_NAMES, OUTER_NAMES, REWARD_MODEL, source_shapes
 
 Engine = Literal["xtuner", "lmdeploy"]
 
@@ -143,7 +142,7 @@ def _internlm2_config(config: Mapping[str, Any], template: Template, engine: Eng
 
 
 def _internlm2_tensors(weights: dict[str, Path], config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of InternLM2, each made of its Llama tensors; the reverse of `internlm2_layout.map_tensor`."""
+    """The tensors of InternLM2, each made of its Llama tensors; the reverse of `internlm2.map_tensor`."""
     head_dim, kv_heads = config["head_dim"], config["num_key_value_heads"]
     rows = {"q": config["num_attention_heads"] * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
     for name, shape in source_shapes(config, REWARD_MODEL).items():

@@ -5,7 +5,6 @@ What a client does with them is told in `polar.client.probe`.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -21,12 +20,12 @@ from torch.nn.functional import embedding, linear
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from polar.core.checkpoint import CHECKPOINT_FILE, Probe, read_checkpoint_file
+from polar.core.checkpoint import CHECKPOINT_FILE, Probe, find_shards, read_checkpoint_file
 from polar.core.errors import reason
+from polar.core.files import write_json
 from polar.core.records import Comparison
 from polar.core.template import EncodedGroup, Template
 from polar.model.backbone import prepare
-from polar.model.files import find_shards
 from polar.model.tree import rewards, tree_batch
 
 log = logging.getLogger(__name__)
@@ -56,8 +55,8 @@ def write_probes(directory: Path) -> None:
     that cannot be run this way gets no probes, and a warning.
 
     Raises:
-        InputError: there is no checkpoint.
-        OSError: it cannot be read or written.
+        InputError: there is no checkpoint, or it cannot be written.
+        OSError: it cannot be read.
     """
     content = read_checkpoint_file(directory)
     template = Template.load(directory)
@@ -66,8 +65,7 @@ def write_probes(directory: Path) -> None:
     except (RuntimeError, TypeError, ValueError, KeyError) as error:  # the checkpoint matters more
         log.warning("%s: the checkpoint gets no probes: %s", directory.name, reason(error))
         content["probes"] = []
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    (directory / CHECKPOINT_FILE).write_text(text, "utf-8")
+    write_json(directory / CHECKPOINT_FILE, content)
 
 
 def _probes(model: PreTrainedModel, template: Template) -> list[dict[str, Any]]:

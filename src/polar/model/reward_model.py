@@ -18,6 +18,7 @@ from polar.core.checkpoint import (
     Calibration,
     Scale,
     checkpoint_directory,
+    put_in_place,
     read_calibration,
     read_checkpoint_file,
     scaling,
@@ -29,7 +30,6 @@ from polar.core.records import Comparison, Group
 from polar.core.template import Compat, EncodedGroup, Template
 from polar.data import record_rows
 from polar.data.record_rows import Item
-from polar.model.files import put_in_place
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, so methods do it when they need them
     import torch

@@ -1,15 +1,12 @@
-"""Fast tokenizers from sentencepiece BPE models, without sentencepiece or protobuf at run time.
+"""Fast tokenizers from sentencepiece BPE models, which the library sentencepiece reads.
 
-A `tokenizer.model` is one protobuf message. The field numbers below are those of `sentencepiece_model.proto` in
-google/sentencepiece; absent fields have that file's defaults. sentencepiece merges the pair whose joined piece has the
-highest score, so a BPE model with one merge for every split of every piece, best score first, gives the same ids.
+It merges the pair whose joined piece has the highest score, so a BPE model with one merge for every split of every
+piece, best score first, gives the same ids.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,62 +22,47 @@ NORMAL, UNKNOWN, USER_DEFINED, UNUSED = 1, 2, 4, 5
 """Piece types that matter here; control (3) and byte (6) pieces only occupy their ids."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One entry of the vocabulary; its id is its position."""
-
-    text: str
-    score: float
-    type: int
-
-
-@dataclass(frozen=True, slots=True)
-class SentencePieceModel:
-    """The parts of a `tokenizer.model` that decide the ids of a text."""
-
-    pieces: list[Piece]
-    byte_fallback: bool
-    """Characters without a piece become their UTF-8 bytes."""
-    add_dummy_prefix: bool
-    """A space is put before every text."""
-
-
-def read_model(path: Path) -> SentencePieceModel:
-    """Read a sentencepiece model.
+def read_model(path: Path) -> Any:
+    """Return the `ModelProto` of a sentencepiece model: pieces, trainer_spec and normalizer_spec.
 
     Raises:
-        InputError: the file is missing or damaged, or it is no BPE model with identity normalisation.
+        InputError: The file is missing or damaged, it is no BPE model with identity normalisation, or the extra
+            `convert` is not installed.
     """
     try:
-        data = path.read_bytes()
+        from google.protobuf.message import DecodeError
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError as error:
+        raise InputError(f"{path}: reading it needs {error.name}: pip install 'polar-rm[convert]'") from error
+    try:
+        model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+        types = [piece.type for piece in model.pieces if piece.piece is not None]  # bad UTF-8 is found when it is read
     except OSError as error:
         raise InputError(f"{path}: not readable ({error.strerror}); expected a sentencepiece model") from error
-    try:
-        pieces, trainer, normalizer = _parse_model(data)
-    except (ValueError, IndexError, TypeError, AttributeError, struct.error) as error:
+    except (DecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: damaged, or not a sentencepiece model ({error}); download it again") from error
-    types = [piece.type for piece in pieces]
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
     for fits, expected in (
-        (trainer.get(3, 1) == 2, "a BPE model (trainer_spec.model_type 2)"),
-        (not trainer.get(24, 0), "treat_whitespace_as_suffix off"),
-        (not normalizer.get(2), "identity normalisation (no precompiled_charsmap)"),
-        (not normalizer.get(4, 1), "remove_extra_whitespaces off"),
-        (normalizer.get(5, 1), "escape_whitespaces on"),
+        (trainer.model_type == trainer.BPE, "a BPE model (trainer_spec.model_type 2)"),
+        (not trainer.treat_whitespace_as_suffix, "treat_whitespace_as_suffix off"),
+        (not normalizer.precompiled_charsmap, "identity normalisation (no precompiled_charsmap)"),
+        (not normalizer.remove_extra_whitespaces, "remove_extra_whitespaces off"),
+        (normalizer.escape_whitespaces, "escape_whitespaces on"),
         (types.count(UNKNOWN) == 1 and UNUSED not in types, "one unknown piece and no unused ones"),
     ):
         if not fits:
             raise InputError(f"{path}: expected {expected}, as in the InternLM2 tokenizer; cannot convert this one")
-    return SentencePieceModel(pieces, bool(trainer.get(35, 0)), bool(normalizer.get(3, 1)))
+    return model
 
 
-def build_tokenizer(model: SentencePieceModel, config: Mapping[str, Any], where: str = "tokenizer") -> Tokenizer:
+def build_tokenizer(model: Any, config: Mapping[str, Any], where: str = "tokenizer") -> Tokenizer:
     """The fast tokenizer of a sentencepiece model and its `tokenizer_config.json`.
 
     Tokens of `added_tokens_decoder` take over the slots of their ids. Texts are encoded as by sentencepiece with two
     exceptions: the old name of such a slot is ordinary text, and no dummy prefix precedes a user-defined piece.
 
     Args:
-        model: vocabulary and normalisation.
+        model: From `read_model`.
         config: content of `tokenizer_config.json`; read are `added_tokens_decoder`, `add_bos_token` (on when absent,
             as in the InternLM2 tokenizer), `bos_token`, the other named tokens and `additional_special_tokens`.
         where: what error messages call the place, for instance the directory.
@@ -89,7 +71,7 @@ def build_tokenizer(model: SentencePieceModel, config: Mapping[str, Any], where:
         InputError: the configuration does not fit the vocabulary.
     """
     added = _added_tokens(config, where)
-    names = {index: piece.text for index, piece in enumerate(model.pieces)}
+    names = {index: piece.piece for index, piece in enumerate(model.pieces)}
     names |= {index: token.content for index, token in added.items()}
     vocabulary = {name: index for index, name in names.items()}
     if len(vocabulary) != len(names):
@@ -105,15 +87,15 @@ def build_tokenizer(model: SentencePieceModel, config: Mapping[str, Any], where:
     kept = {index: piece for index, piece in enumerate(model.pieces) if index not in added}
     unknown = next(names[index] for index, piece in enumerate(model.pieces) if piece.type == UNKNOWN)
     tokenizer = Tokenizer(
-        BPE(vocabulary, _merges(kept), unk_token=unknown, fuse_unk=True, byte_fallback=model.byte_fallback)
+        BPE(vocabulary, _merges(kept), unk_token=unknown, fuse_unk=True, byte_fallback=model.trainer_spec.byte_fallback)
     )
-    prefix = [normalizers.Prepend(SPACE)] if model.add_dummy_prefix else []
+    prefix = [normalizers.Prepend(SPACE)] if model.normalizer_spec.add_dummy_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", SPACE)])
-    strip = [decoders.Strip(" ", 1, 0)] if model.add_dummy_prefix else []
+    strip = [decoders.Strip(" ", 1, 0)] if model.normalizer_spec.add_dummy_prefix else []
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    user_defined = [piece.text for piece in kept.values() if piece.type == USER_DEFINED]
+    user_defined = [piece.piece for piece in kept.values() if piece.type == USER_DEFINED]
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in user_defined])
     tokenizer.add_tokens([token for token in added.values() if not token.special])
     tokenizer.add_special_tokens(special)
@@ -155,62 +137,12 @@ def _added_tokens(config: Mapping[str, Any], where: str) -> dict[int, AddedToken
         ) from error
 
 
-def _merges(pieces: Mapping[int, Piece]) -> list[tuple[str, str]]:
+def _merges(pieces: Mapping[int, Any]) -> list[tuple[str, str]]:
     """Every split of every normal piece into two normal pieces, in the order in which sentencepiece would merge."""
-    ids = {piece.text: index for index, piece in pieces.items() if piece.type == NORMAL}
+    ids = {piece.piece: index for index, piece in pieces.items() if piece.type == NORMAL}
     merges: list[tuple[str, str]] = []
     for text in sorted(ids, key=lambda text: -pieces[ids[text]].score):
         splits = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
         splits = [split for split in splits if split[0] in ids and split[1] in ids]
         merges += sorted(splits, key=lambda split: (ids[split[0]], ids[split[1]]))
     return merges
-
-
-def _parse_model(data: bytes) -> tuple[list[Piece], dict[int, Any], dict[int, Any]]:
-    """The pieces, and trainer_spec and normalizer_spec by field number."""
-    pieces: list[Piece] = []
-    specs: dict[int, dict[int, Any]] = {2: {}, 3: {}}
-    for number, value in _fields(data):
-        if number == 1:
-            piece = dict(_fields(value))
-            (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
-            pieces.append(Piece(piece.get(1, b"").decode(), score, piece.get(3, NORMAL)))
-        elif number in specs:
-            specs[number] |= dict(_fields(value))
-    return pieces, specs[2], specs[3]
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Field numbers and raw values of one protobuf message: int for varints, bytes for everything else."""
-    position = 0
-    while position < len(data):
-        key, position = _varint(data, position)
-        match key & 7:
-            case 0:
-                value, position = _varint(data, position)
-                yield key >> 3, value
-                continue
-            case 1:
-                size = 8
-            case 2:
-                size, position = _varint(data, position)
-            case 5:
-                size = 4
-            case wire_type:
-                raise ValueError(f"wire type {wire_type} at byte {position}")
-        end = position + size
-        if end > len(data):
-            raise ValueError(f"field {key >> 3} ends after the data")
-        yield key >> 3, data[position:end]
-        position = end
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            return value, position

@@ -18,11 +18,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from polar.core.checkpoint import checkpoint_directory
+from polar.core.checkpoint import checkpoint_directory, find_shards, read_json
 from polar.core.errors import InputError, reason
 from polar.model.adapters import base_of, four_bits, is_adapter, merge_adapter, require_peft
 from polar.model.cpu import multiplies_bfloat16
-from polar.model.files import find_shards, read_json
 
 log = logging.getLogger(__name__)
 

@@ -20,13 +20,12 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from polar.core.checkpoint import CHECKPOINT_FILE, checkpoint_directory, read_checkpoint_file
+from polar.core.checkpoint import CHECKPOINT_FILE, checkpoint_directory, own_files, read_checkpoint_file
 from polar.core.errors import InputError, TerminatedError
 from polar.core.files import on_disk, write_text
 from polar.core.version import __version__
 from polar.data.readers import ReadReport
 from polar.data.sources import sources
-from polar.model.files import own_files
 from polar.model.weights import weights_hash
 from polar.training.config import PretrainConfig, TrainConfig
 from polar.training.distributed import Sharding, largest

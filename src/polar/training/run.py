@@ -16,13 +16,12 @@ import torch
 from accelerate import PartialState
 from tokenizers import Tokenizer
 
-from polar.core.checkpoint import BUNDLED, CHECKPOINT_FILE, checkpoint_directory
+from polar.core.checkpoint import BUNDLED, CHECKPOINT_FILE, checkpoint_directory, put_in_place
 from polar.core.errors import InputError
 from polar.core.files import on_disk
 from polar.core.records import Preference, Triple, text_of
 from polar.data.readers import read_preferences, read_triples
 from polar.model.adapters import is_adapter, require_peft
-from polar.model.files import put_in_place
 from polar.model.reward_model import RewardModel
 from polar.training.batches import (
     Collator,
