@@ -1,4 +1,4 @@
-"""How fast groups are scored: prefix sharing against padded batches, one text at a time, and vLLM.
+"""Speed of scoring groups: prefix sharing against padded batches, one text at a time, and vLLM.
 
     python benchmarks/scoring.py --rounds 5 --threads 1 --vllm-python vllm/bin/python --report scoring
 
@@ -12,7 +12,9 @@ the ratio of a round is what counts, and it is always to padded batches in float
 - vllm: a vLLM server with its prefix cache, which is the default, asked by HTTP on this machine for all candidates in
   one request. Its time includes HTTP and JSON. Every call has a cache salt of its own, so nothing is left from others.
 - vllm-groups: the same, one request per group and four of them in flight.
-- polar: `RewardModel.score_encoded`, which also packs rows and chooses the faster matrix products of torch.
+- polar: `RewardModel.score_encoded`, which also packs rows and takes the faster kernel (`polar.model.cpu`).
+
+With --cpu-time processor time counts in place of wall time: for a machine whose cores others use too, without vLLM.
 
 Encoding of the texts is not timed; all ways get token ids. Differences are those from single texts in float32.
 """
@@ -114,10 +116,13 @@ def main() -> None:
     parser.add_argument("--load", type=int, default=64, help="candidates of a round, at least one group")
     parser.add_argument("--dtype", default="float32,bfloat16")
     parser.add_argument("--vllm-python", help="an interpreter with vLLM (default: this one, if it has vLLM)")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time; not with vLLM, which is not counted")
     parser.add_argument("--report", type=Path, required=True, help="name of the report, without .json and .md")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     python = arguments.vllm_python or (sys.executable if find_spec("vllm") else None)
+    if arguments.cpu_time:
+        python = None
     machine = {
         "cpu": platform.processor() or platform.machine(),
         "threads": arguments.threads,
@@ -138,7 +143,8 @@ def main() -> None:
                 runs |= {(dtype, "vllm-groups"): partial(server.score, in_flight=IN_FLIGHT)}
                 servers.append(server)
         for count in map(int, arguments.candidates.split(",")):
-            found, idle = measure(runs, servers, count, arguments.load, arguments.rounds)
+            clock = time.process_time if arguments.cpu_time else time.perf_counter
+            found, idle = measure(runs, servers, count, arguments.load, arguments.rounds, clock)
             results += found
             machine[f"vllm_cpu_while_idle_{count}"] = idle
             report = {"machine": machine, "runs": [asdict(result) for result in results]}
@@ -260,7 +266,12 @@ def wait_until_ready(process: Any, client: httpx2.Client, log: Path) -> None:
 
 
 def measure(
-    runs: dict[tuple[str, str], Run], servers: list[Server], count: int, load: int, rounds: int
+    runs: dict[tuple[str, str], Run],
+    servers: list[Server],
+    count: int,
+    load: int,
+    rounds: int,
+    clock: Callable[[], float],
 ) -> tuple[list[Result], float]:
     """All ways in turn, every second round in reverse, and the share of a processor that idle servers used."""
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
@@ -271,9 +282,9 @@ def measure(
         groups = random_groups(count, load, number)
         found: dict[tuple[str, str], list[float]] = {}
         for key in list(runs) if number % 2 else reversed(runs):
-            busy, start = sum(server.cpu_seconds() for server in servers), time.perf_counter()
+            busy, start = sum(server.cpu_seconds() for server in servers), clock()
             found[key] = runs[key](groups)
-            elapsed = time.perf_counter() - start
+            elapsed = clock() - start
             if number == 0:  # warm-up
                 continue
             seconds[key].append(elapsed)

@@ -38,7 +38,7 @@ OWN_FILES = (
     "chat_template.jinja",
     "additional_chat_templates",
 )
-"""What a checkpoint may consist of. Other files in its directory are not ours."""
+"""Files of a checkpoint. Other files in its directory are not ours."""
 
 BUNDLED = {name: Path(__file__).parents[1] / "checkpoints" / name for name in ("polar-mini", "polar-nano")}
 """The directories of the reward models that come with the package, by name."""
@@ -263,9 +263,9 @@ class Probe:
     reward: float
     """In float32."""
     without_score_token: float
-    """What comes out when the last token is cut off."""
+    """Reward of the same ids without the last token."""
     with_bos: float | None
-    """What comes out when a BOS is put in front (once more); None when the model has none."""
+    """Reward with a BOS in front (once more); None when the model has none."""
 
 
 def read_probes(directory: Path) -> list[Probe]:

@@ -21,16 +21,16 @@ from polar.core.errors import InputError, reason
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""What peft writes before the name of every weight."""
+"""Prefix of peft before the name of every weight."""
 
 
 def is_adapter(directory: Path) -> bool:
-    """Whether an adapter is saved there."""
+    """Return whether the directory holds an adapter."""
     return (directory / ADAPTER_CONFIG).is_file()
 
 
 def base_of(directory: Path) -> str:
-    """The base model of a saved adapter: a directory, which may be given relative to the adapter's, or a hub name.
+    """Return the base model of a saved adapter: a directory, possibly relative to the adapter's, or a hub name.
 
     Raises:
         InputError: the adapter does not say what its base is.
@@ -42,7 +42,7 @@ def base_of(directory: Path) -> str:
 
 
 def require_peft() -> None:
-    """Adapters are an extra.
+    """Check that peft is installed, which is an extra.
 
     Raises:
         InputError: peft is not installed.
@@ -52,7 +52,7 @@ def require_peft() -> None:
 
 
 def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """How weights are held in 4 bits and multiplied in `dtype` (QLoRA, section 3: nf4, constants quantised too).
+    """Return the settings of weights in 4 bits, multiplied in `dtype` (QLoRA, section 3: nf4, double quantisation).
 
     Raises:
         InputError: bitsandbytes is not installed.

@@ -45,12 +45,12 @@ Piece = tuple[int, int, int, int, int]
 
 
 def segment_table(segments: list[tuple[int, int, int, int]]) -> Tensor:
-    """The table as an attention mask, shape (1, 1, S, 4); it stays on the CPU."""
+    """Return the table as an attention mask, shape (1, 1, S, 4); it stays on the CPU."""
     return torch.tensor(segments)[None, None]
 
 
 def block_mask(table_11S4: Tensor, device: torch.device) -> BlockMask:
-    """The same attention as a block mask of FlexAttention."""
+    """Return the same attention as a block mask of FlexAttention."""
     table_S4 = table_11S4[0, 0]
     lengths_S = table_S4[:, 3] - table_S4[:, 2]
     first_T, last_T, start_T, _ = table_S4.repeat_interleave(lengths_S, dim=0).to(device).unbind(1)
@@ -72,12 +72,12 @@ def _compiled_block_mask() -> Callable[..., BlockMask]:
 
 
 def has_flex_attention(device: torch.device) -> bool:
-    """Whether FlexAttention runs as a fused kernel there."""
+    """Return whether FlexAttention runs as a fused kernel there."""
     return device.type == "cuda" and find_spec("triton") is not None
 
 
 def varlen_arguments(table_11S4: Tensor, device: torch.device) -> dict[str, Any]:
-    """The same attention as arguments for flash-attn: every segment with a copy of the keys that it sees.
+    """Return the same attention as arguments for flash-attn: every segment with a copy of the keys that it sees.
 
     The first four have the names that transformers gives them.
     """
@@ -95,7 +95,7 @@ def varlen_arguments(table_11S4: Tensor, device: torch.device) -> dict[str, Any]
 
 
 def has_flash_attention(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the flash-attn package is installed and computes in this type."""
+    """Return whether the flash-attn package is installed and computes in this type."""
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     halves = (torch.bfloat16, torch.float16)
@@ -112,7 +112,7 @@ def tree_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function that transformers calls in every layer; see `AttentionInterface`.
+    """Attention function that transformers calls in every layer; see `AttentionInterface`.
 
     Args:
         module: The attention layer.
@@ -218,7 +218,7 @@ def pieces(table: list[list[int]]) -> Iterator[Piece]:
 
 
 class RowAttention(torch.autograd.Function):
-    """What `scaled_dot_product_attention` gives for every segment of a row, shape (1, T, H, D of the values).
+    """Attention of every segment of a row with gradients, shape (1, T, H, D of the values).
 
     torch's fused kernel for CPUs spends five times as long on its backward as on its forward, more than a step of
     training spends on all of its linear layers. Here both directions are batched matrix products, which the CPU's

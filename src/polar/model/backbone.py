@@ -1,4 +1,4 @@
-"""Which way a backbone is computed: found out from the model itself, by trying, once, when it is built.
+"""Choice between rows of trees and separate sequences, by trying both on the model itself when it is built.
 
 Rows of trees (`polar.model.tree`) are right if nothing but attention joins tokens, and if all of that attention goes
 through ours. A recurrent state or a convolution would run on from one branch into the next; soft caps, sinks and
@@ -34,7 +34,7 @@ _FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, Ass
 
 @torch.no_grad()
 def prepare(model: Any) -> None:
-    """Find out how the model is computed, and make it ready for that, before any thread uses it.
+    """Choose how the model is computed and prepare it for that, before any thread uses it.
 
     It costs a few passes over as many weights as the model has, for a dozen tokens. A second call does nothing.
 
@@ -95,7 +95,7 @@ def _one_at_a_time(model: Any) -> Tensor:
 
 
 def _agrees(expected_2H: Tensor, model: Any, implementation: str, *, takes_rows: bool) -> bool:
-    """Whether they are the same beside a spoiled branch; in the batch of separate sequences it is only another one."""
+    """Return whether they are the same beside a spoiled branch; among separate sequences it is only another one."""
     prefix, *branches, other = (ids.tolist() for ids in _ids(model))
     batch = tree_batch([EncodedGroup(prefix, branches, []), EncodedGroup([], [other], [])]).to(model.device)
     model.set_attn_implementation(implementation)

@@ -1,4 +1,4 @@
-"""Measuring the scale of a checkpoint's rewards on reference data.
+"""The scale of a checkpoint's rewards, measured on reference data.
 
 Bradley-Terry training only sees differences between rewards of one prompt and reference, so zero and unit of the raw
 reward mean nothing by themselves and differ between checkpoints. A calibration measures them: mean and standard
@@ -28,7 +28,7 @@ from polar.data.fields import Row
 from polar.data.readers import OnBadRow, ReadReport, rows
 
 LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
-"""Of the quantiles."""
+"""Levels of the quantiles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,13 @@ class Sample:
 
     group: Group
     ranked: bool
-    """The candidates stand in order, best first, so that each two of them are a pair."""
+    """The candidates are ordered, best first, so that each two of them are a pair."""
 
 
 def read_samples(
     path: str, *, reference_column: str | None = None, on_bad_row: OnBadRow = "error", report: ReadReport | None = None
 ) -> Iterator[Sample]:
-    """Comparisons, groups, triples and preferences, told apart row by row.
+    """Yield samples from comparisons, groups, triples and preferences, recognised row by row.
 
     Raises:
         InputError: for a bad row or file.
@@ -80,7 +80,7 @@ def _samples(row: Row, reference_column: str | None) -> list[Sample]:
 
 
 def calibrate(measured: Iterable[tuple[Sample, Sequence[float]]], data: Sequence[str] = ()) -> Calibration:
-    """What a checkpoint's rewards are like; eight bytes of memory for each reward and each pair.
+    """Return the scale of a checkpoint's rewards; eight bytes of memory for each reward and each pair.
 
     Args:
         measured: Samples with the raw rewards of their candidates.
@@ -125,7 +125,7 @@ def fit_temperature(margins: npt.NDArray[np.float64]) -> float | None:
     from scipy.special import expit
 
     def slope(weight: float) -> float:
-        """Of the negative log-likelihood in 1 / T, which is convex: below zero at 0 and above zero in the end."""
+        """Slope of the negative log-likelihood in 1 / T, which is convex: below zero at 0, above zero in the end."""
         return -float(np.mean(margins * expit(-weight * margins)))
 
     unit = float(np.abs(margins).mean())

@@ -34,15 +34,15 @@ log = logging.getLogger(__name__)
 Kernel = Literal["torch", "onednn"]
 
 QUERIES = 128
-"""Of a piece, at most: its scores stay in the cache."""
+"""Most queries of a piece: its scores stay in the cache."""
 STEP = 32
 """Queries and keys of a piece are padded to a multiple of it."""
 TRIAL = 256
 """Tokens of the trial; the second half of them is a branch."""
 MAX_TRIAL_WIDTH = 1024
-"""Of the weight in the trial, which so takes a tenth of a second at most on one thread."""
+"""Most rows and columns of the weight in the trial, which so takes less than a tenth of a second on one thread."""
 MIN_SPEEDUP = 1.2
-"""Of oneDNN over torch in the trial. Below it torch is taken, so that noise does not decide."""
+"""Least speed of oneDNN as a multiple of torch's for oneDNN to be chosen, so that noise does not decide."""
 _TRIAL = threading.Lock()
 
 

@@ -1,4 +1,4 @@
-"""Export of our checkpoints to the layouts that XTuner and LMDeploy know: the way back from `polar.model.internlm2`.
+"""Export of our checkpoints to the layouts of XTuner and LMDeploy, the reverse of `polar.model.internlm2`.
 
 A Llama becomes `InternLM2ForRewardModel` (InternLM/xtuner v0.2.0, `modeling_internlm2_reward`), which both of them
 load. LMDeploy has one other reward model, `Qwen2ForRewardModel`, whose head has a hidden layer and a ReLU.
@@ -34,7 +34,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_internlm2.InternLM2Config",
     "AutoModel": "modeling_internlm2.InternLM2ForRewardModel",
 }
-"""What XTuner 0.2.0 writes. It loads InternLM2 through the two Python files that this names, and they are XTuner's (in
+"""As in XTuner 0.2.0. It loads InternLM2 through the two Python files that this names, and they are XTuner's (in
 `xtuner/tools/model_converters/modeling_internlm2_reward`): the user puts them there, as we ship and run no such code.
 LMDeploy has a model of its own and needs none."""
 

@@ -111,7 +111,7 @@ def convert(source: str | Path, target: str | Path) -> None:
 
 
 def _map_tokenizer(directory: Path, config: Mapping[str, Any]) -> tuple[Template, dict[str, Any]]:
-    """The template with its fast tokenizer, and the `tokenizer_config.json` to be written."""
+    """Return the template with its fast tokenizer, and the `tokenizer_config.json` to be written."""
     tokenizer_config = read_json(directory / "tokenizer_config.json")
     if (directory / CHECKPOINT_FILE).is_file() and not (directory / "tokenizer.model").is_file():
         # `polar export` wrote it, or XTuner fine-tuned what it wrote: tokenizer and template are ours already.
@@ -155,7 +155,7 @@ def _map_tokenizer(directory: Path, config: Mapping[str, Any]) -> tuple[Template
 
 
 def _take_slots(model: Any, tokenizer_config: Mapping[str, Any], directory: Path) -> tuple[int, dict[str, Any]]:
-    """The score token's id, and the tokenizer config with the split token, for a base model that has neither yet."""
+    """Return the score token's id and a tokenizer config with the split token, for a base model with neither."""
     slots = {piece.piece: index for index, piece in enumerate(model.pieces)}
     if SPLIT_SLOT not in slots or SCORE_SLOT not in slots:
         raise InputError(
@@ -254,7 +254,7 @@ def _check_tensor(
 
 
 def map_config(config: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:
-    """The Llama `config.json` of an InternLM2 one.
+    """Return the Llama `config.json` of an InternLM2 one.
 
     The old pair of keys `rope_theta`, `rope_scaling` is written because every release of transformers reads it.
     Dynamic NTK scaling has no effect up to `max_position_embeddings`, but some engines apply it at every length; where
@@ -294,7 +294,7 @@ def map_config(config: Mapping[str, Any], where: str = "config.json") -> dict[st
 
 
 def source_shapes(llama: Mapping[str, Any], architecture: str) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that the InternLM2 source of a Llama config holds, each exactly once."""
+    """Return name and shape of every tensor that the InternLM2 source of a Llama config holds, each exactly once."""
     hidden, inner, vocabulary = llama["hidden_size"], llama["intermediate_size"], llama["vocab_size"]
     wqkv = (llama["num_attention_heads"] + 2 * llama["num_key_value_heads"]) * llama["head_dim"]
     shapes: dict[str, tuple[int, ...]] = {
@@ -319,7 +319,7 @@ def source_shapes(llama: Mapping[str, Any], architecture: str) -> dict[str, tupl
 
 
 def map_tensor(name: str, tensor: Tensor, llama: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The Llama tensors that one InternLM2 tensor (a key of `source_shapes`) becomes."""
+    """Return the Llama tensors that one InternLM2 tensor (a key of `source_shapes`) becomes."""
     if name == "output.weight":
         return {"score.weight": tensor.new_zeros(1, llama["hidden_size"])}
     if name in OUTER_NAMES:

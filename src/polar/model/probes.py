@@ -1,6 +1,6 @@
-"""The probes of a checkpoint: three inputs with their float32 rewards, by which clients recognise a server that lies.
+"""The probes of a checkpoint: three inputs with their float32 rewards.
 
-What a client does with them is told in `polar.client.probe`.
+By them clients recognise a server whose rewards differ from the checkpoint's (`polar.client.probe`).
 """
 
 from __future__ import annotations

@@ -83,11 +83,11 @@ class RewardModel:
         self.template = template
         self.provenance = provenance or {}
         self.calibration = calibration
-        """Of the weights as they are now: whoever changes them sets it to None."""
+        """Calibration of the present weights: whoever changes them sets it to None."""
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.model.device
 
     @classmethod
@@ -213,7 +213,7 @@ class RewardModel:
         batch_tokens: int | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> list[list[float]]:
-        """Rewards of every candidate of every group, in their order.
+        """Return the rewards of every candidate of every group, in their order.
 
         The shared prefix of a group is computed once and its candidates share one truncation budget, so they stay
         comparable. Arguments and errors as in `score`.
@@ -231,7 +231,7 @@ class RewardModel:
         batch_tokens: int | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> list[list[float]]:
-        """Rewards of groups that the template has encoded already; see `score_groups`."""
+        """Return the rewards of groups that the template has encoded already; see `score_groups`."""
         import torch
 
         from polar.model.cpu import choose_kernel, use_kernel

@@ -42,11 +42,11 @@ class TreeBatch:
     ids_1T: Tensor
     positions_1T: Tensor
     table_11S4: Tensor
-    """Who sees whom (`polar.model.attention`); always on the CPU."""
+    """Segments of the row (`polar.model.attention`); always on the CPU."""
     scores_N: Tensor
-    """Where the score tokens stand, candidates in the order of the groups: found by length, never by a search."""
+    """Indices of the score tokens, candidates in the order of the groups: found by length, never by a search."""
     onednn: bool = False
-    """oneDNN multiplies (`polar.model.cpu`), which has no gradient, and every further shape costs."""
+    """The products are oneDNN's (`polar.model.cpu`): no gradients, and every new shape costs time and memory."""
 
     def to(self, device: torch.device | str) -> TreeBatch:
         """The same batch on another device."""
@@ -59,7 +59,7 @@ class TreeBatch:
 
 
 def row_length(group: EncodedGroup) -> int:
-    """Tokens of the group in a row."""
+    """Return the tokens of the group in a row."""
     return len(group.prefix) + sum(map(len, group.branches))
 
 
@@ -99,7 +99,7 @@ def tree_batch(groups: Sequence[EncodedGroup], *, onednn: bool = False) -> TreeB
 
 
 def hidden_states(model: Any, batch: TreeBatch, **kwargs: Any) -> Any:
-    """The backbone's output for a batch; `last_hidden_state` has shape (1, T, H).
+    """Return the backbone's output for a batch; `last_hidden_state` has shape (1, T, H).
 
     Args:
         model: It went through `polar.model.backbone.prepare`.
@@ -117,13 +117,13 @@ def hidden_states(model: Any, batch: TreeBatch, **kwargs: Any) -> Any:
 
 
 def row_states(model: Any, batch: TreeBatch, **kwargs: Any) -> Any:
-    """The backbone's output for a batch as one row, with the attention that is given in `kwargs`."""
+    """Return the backbone's output for a batch as one row, with the attention that is given in `kwargs`."""
     backbone = getattr(model, model.base_model_prefix)
     return backbone(input_ids=batch.ids_1T, position_ids=batch.positions_1T, use_cache=False, **kwargs)
 
 
 def separate_states(model: Any, batch: TreeBatch, **kwargs: Any) -> Any:
-    """The same output from one ordinary sequence for every branch, in one batch, laid out like the row.
+    """Return the same output from one ordinary sequence for every branch, in one batch, laid out like the row.
 
     The sequences are padded at the end, which no causal model sees.
     """
@@ -173,7 +173,7 @@ def require_fit(model: Any, longest: int) -> None:
 
 
 def _length_that_changes_positions(config: Any) -> int | None:
-    """Up to which length rotary positions are the same for all inputs; None if they always are."""
+    """Return the longest input with the same rotary positions as shorter ones; None if there is no such limit."""
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [
         parameters,
@@ -184,7 +184,7 @@ def _length_that_changes_positions(config: Any) -> int | None:
 
 
 def _attention(model: Any, batch: TreeBatch) -> dict[str, Any]:
-    """Who sees whom, in the form that this device takes; no mask for a single sequence, which is plainly causal."""
+    """Return the segments as arguments of this device's attention; no mask for a single, plainly causal sequence."""
     device = batch.ids_1T.device
     if batch.onednn:
         read = set(batch.scores_N.tolist()) if has_narrow_last_layer(model) else None
@@ -200,7 +200,7 @@ def _attention(model: Any, batch: TreeBatch) -> dict[str, Any]:
 
 
 def rewards(model: Any, batch: TreeBatch, last_hidden_1TH: Tensor | None = None) -> Tensor:
-    """Rewards of all candidates, shape (N,), float32; the score head is applied in float32.
+    """Return the rewards of all candidates, shape (N,), float32; the score head is applied in float32.
 
     Args:
         model: A `*ForSequenceClassification` model with one label that went through `polar.model.backbone.prepare`.
@@ -221,7 +221,7 @@ NARROW_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose layers have the parts that are named below."""
 
 _READ: ContextVar[tuple[Tensor, int, int] | None] = ContextVar("read", default=None)
-"""Where the rewards of this thread's row are read, how many of these places count, and the length of the row."""
+"""Indices of the score tokens of this thread's row, how many of them count, and the length of the row."""
 
 
 def has_narrow_last_layer(model: Any) -> bool:

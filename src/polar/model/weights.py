@@ -39,7 +39,7 @@ def require_reward_config(directory: Path) -> None:
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device of that name; by default the first GPU if there is one, else the CPU."""
+    """Return the device of that name; by default the first GPU if there is one, else the CPU."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -52,7 +52,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The type of that name; by default bfloat16 on a GPU and float32 on a CPU."""
+    """Return the type of that name; by default bfloat16 on a GPU and float32 on a CPU."""
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -66,7 +66,7 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
 def load_weights(
     directory: Path, dtype: torch.dtype, device: torch.device, *, in_4bit: bool = False, new_head: bool = False
 ) -> PreTrainedModel:
-    """The model of a checkpoint without its tokenizer and template, strictly as in `RewardModel.load`.
+    """Return the model of a checkpoint without its tokenizer and template, strictly as in `RewardModel.load`.
 
     Args:
         directory: The checkpoint.
@@ -128,7 +128,7 @@ def _require_plain_weights(directory: Path) -> None:
 
 
 def _require_all_used(directory: Path, unused: Collection[str]) -> None:
-    """A weight that the model has no place for would have changed the rewards, but for these."""
+    """Refuse weights that the model has no place for and that would have changed the rewards."""
     harmless = re.compile(r"lm_head\..*|.*\.inv_freq")
     wrong = sorted(name for name in unused if not harmless.fullmatch(name))
     if wrong == ["score.bias"]:  # `RewardModel.save` writes zeros, for SGLang
@@ -158,7 +158,7 @@ def _tensor(directory: Path, name: str) -> Tensor:
 def load_merged(
     adapter: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device, *, rounded: bool
 ) -> PreTrainedModel:
-    """An adapter merged into its base model; arguments and errors as in `load_weights`.
+    """Return an adapter merged into its base model; arguments and errors as in `load_weights`.
 
     Args:
         adapter: Its directory.
@@ -187,7 +187,7 @@ def _base_directory(adapter: Path) -> Path:
 
 
 def weights_hash(directory: Path) -> str:
-    """Sixteen hexadecimal digits of the weights' files; for an adapter, those of its base too."""
+    """Return sixteen hexadecimal digits of the weights' files; for an adapter, those of its base too."""
     digest = hashlib.sha256()
     for file in sorted(directory.glob("*.safetensors")):
         with file.open("rb") as stream:

@@ -34,7 +34,7 @@ from polar.serving.service import Service
 
 
 class ErrorDetail(BaseModel):
-    """Why a request was refused."""
+    """Reason of a refusal."""
 
     message: str
     type: str
@@ -106,7 +106,7 @@ class Rewards(BaseModel):
 
 
 PAGE = (Path(__file__).parent / "index.html").read_text("utf-8")
-"""For people, at `/`: one HTML file that loads nothing from elsewhere."""
+"""The page for people at `/`: one HTML file that loads nothing from elsewhere."""
 
 
 def _page_hash(tag: str) -> str:
@@ -316,4 +316,4 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
 
 
 async def _our_fault(request: Request, error: Exception) -> Response:
-    return RefusalError(500, "a fault of the server; its log tells more").response()
+    return RefusalError(500, "a fault of the server; its log says more").response()

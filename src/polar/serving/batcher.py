@@ -4,9 +4,9 @@ One thread computes, the event loop collects: while a batch runs requests queue 
 one. Nothing waits when the thread is idle. Requests that are larger than a batch are spread over several, and requests
 that share a prefix and meet in a batch share its computation.
 
-Requests of many clients arrive one text at a time, as they would at any other server; that eight of them belong to one
-prompt and one reference is nowhere said. Sorted sequences stand beside those they share most with, so the longest
-common prefixes of neighbours tell the trees (`polar.model.tree`).
+Requests of many clients arrive one text at a time, as at any other server, and do not say that eight of them belong to
+one prompt and one reference. In sorted order sequences are neighbours of those they share most with, so the longest
+common prefixes of neighbours give the trees (`polar.model.tree`).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Unit:
     prefix: list[int]
     branches: list[list[int]]
     numbers: list[int]
-    """Which of the request's sequences the branches are."""
+    """Indices of the branches among the request's sequences."""
 
     def sequences(self) -> list[list[int]]:
         return [self.prefix + branch for branch in self.branches]
@@ -140,7 +140,7 @@ class Batcher:
         return results
 
     def _rewards(self, model: RewardModel, sequences: list[list[int]]) -> list[float | Exception]:
-        """One result per sequence. What fails together is halved until the one that is to blame stands alone."""
+        """Return one result per sequence. A batch that fails is halved until the sequence at fault is alone."""
         try:
             trees = shared_trees(sequences)
             groups = [_group(sequences, tree.prefix, tree.members) for tree in trees]
@@ -165,7 +165,7 @@ class Batcher:
 
 
 def _units(job: _Job, groups: Sequence[EncodedGroup], batch_tokens: int) -> Iterator[_Unit]:
-    """Cut a request into units. Groups that are one list of sequences (no prefix told) are searched for trees first."""
+    """Cut a request into units. Groups without a prefix are searched for trees first."""
     first = 0
     for group in groups:
         if group.prefix or len(group.branches) == 1:
@@ -219,7 +219,7 @@ class Tree:
 def shared_trees(sequences: Sequence[Sequence[int]]) -> list[Tree]:
     """Put sequences together so that few tokens are left to compute: one shared prefix and the rest of each member.
 
-    Members of a tree stand side by side in sorted order, and among such choices the best one is found. Every member
+    Members of a tree are neighbours in sorted order, and among such choices the best one is found. Every member
     keeps at least its last token for itself, since the reward is read there. Identical sequences may therefore share
     all but that.
 

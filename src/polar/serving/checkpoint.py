@@ -38,7 +38,7 @@ Inputs = list[str] | list[list[int]]
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """How checkpoints are loaded, at the start and later; see `RewardModel.load` and `Template.with_lengths`."""
+    """Settings for loading checkpoints, at the start and later; see `RewardModel.load` and `Template.with_lengths`."""
 
     device: str | None = None
     dtype: str | None = None
@@ -49,7 +49,7 @@ class Loading:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """What a request is encoded for and scored by; one request never sees two of them."""
+    """A checkpoint that requests are encoded for and scored by; one request never sees two of them."""
 
     source: str
     template: Template
@@ -85,7 +85,7 @@ class Checkpoint:
             await self.servers.aclose()
 
     def description(self) -> dict[str, object]:
-        """What clients need that do not have the checkpoint: the contents of its polar.json and its tokenizer.json."""
+        """Return what clients without the checkpoint need: the contents of its polar.json and its tokenizer.json."""
         calibration = None if self.calibration is None else asdict(self.calibration)
         facts = {"template": asdict(self.template.settings), "probes": self.probes, "calibration": calibration}
         return {"checkpoint": facts, "tokenizer": self.template.tokenizer.to_str()}
@@ -95,7 +95,7 @@ class Checkpoint:
         return JSONResponse(content, headers={CHECKPOINT_HEADER: self.identity})
 
     def encode_inputs(self, inputs: Inputs, where: str, limit: int | None = None) -> EncodedGroup:
-        """Token ids of complete inputs.
+        """Return the token ids of complete inputs.
 
         Texts get the BOS token that the checkpoint was trained with, unless they begin with it; ids are taken as they
         are. Nothing is cut, because the reward is read at the score token at the end.
@@ -146,7 +146,7 @@ class Checkpoint:
 
 
 def load_checkpoint(source: str, loading: Loading) -> Checkpoint:
-    """Load a model and try it out.
+    """Load a model and score one comparison by it.
 
     Raises:
         InputError: There is no usable checkpoint at that place, or its rewards are not finite numbers.

@@ -1,4 +1,4 @@
-"""Answers that are no rewards: one JSON shape for all of them, which clients of OpenAI, vLLM and SGLang know.
+"""Refusals and failures: one JSON shape for all of them, which clients of OpenAI, vLLM and SGLang know.
 
 {"error": {"message": "input[3]: ...", "type": "BadRequestError", "param": "input[3]", "code": 400}}
 """
@@ -45,7 +45,7 @@ class RefusalError(Exception):
         self.status, self.message, self.param, self.headers = status, " ".join(message.split()), param, headers
 
     def response(self) -> Response:
-        """The answer to send."""
+        """Return the answer to send."""
         kind = TYPES.get(self.status, HTTPStatus(self.status).phrase.title().replace(" ", "") + "Error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.status}
         # ASCII, since a message may quote what is not valid Unicode.
@@ -60,4 +60,4 @@ class NoRewardError(Exception):
         why = "it is not a finite number" if isinstance(error, FloatingPointError) else reason(error)
         super().__init__(f"no reward: {why}")
         self.number = number
-        """Which input, counted over the whole request."""
+        """Index of the input, counted over the whole request."""

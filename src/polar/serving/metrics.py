@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus at `/metrics`."""
+"""Counters of a server, for Prometheus at `/metrics`."""
 
 from __future__ import annotations
 
@@ -48,39 +48,39 @@ class Metrics:
         )
 
     def watch(self, in_flight: Callable[[], float], ready: Callable[[], float]) -> None:
-        """Ask these functions whenever the metrics are read."""
+        """Take these values whenever the metrics are read."""
         self._waiting.set_function(in_flight)
         self._ready.set_function(ready)
 
     def count_batch(self, *, sequences: int, tokens: int, forwarded: int) -> None:
-        """A batch was computed."""
+        """Count a computed batch."""
         self._batch_size.observe(sequences)
         self._batch_tokens.observe(forwarded)
         self._input_tokens.inc(tokens)
         self._forwarded.inc(forwarded)
 
     def count_failure(self) -> None:
-        """An input turned out to have no reward."""
+        """Count an input without a reward."""
         self._failures.inc()
 
     def count_rewards(self, rewards: int, truncated: int) -> None:
-        """Rewards were given out, some for inputs that had to be cut."""
+        """Count rewards, and those of truncated inputs."""
         self._rewards.inc(rewards)
         self._truncated.inc(truncated)
 
     def count_request(self, route: str, status: int, seconds: float) -> None:
-        """A request was answered."""
+        """Count an answered request."""
         self._seconds.labels(route).observe(seconds)
         self._requests.labels(route, str(status)).inc()
 
     def count_reload(self, *, succeeded: bool) -> None:
-        """A checkpoint was loaded, or refused."""
+        """Count a checkpoint that was loaded, or refused."""
         self._reloads.labels("loaded" if succeeded else "refused").inc()
 
     def text(self) -> bytes:
-        """All of them in the text format of Prometheus."""
+        """Return all of them in the text format of Prometheus."""
         return generate_latest(self._registry)
 
     def value(self, name: str) -> float:
-        """One sample by its full name, such as `polar_forwarded_tokens_total`."""
+        """Return one sample by its full name, such as `polar_forwarded_tokens_total`."""
         return self._registry.get_sample_value(name) or 0.0

@@ -1,4 +1,4 @@
-"""What stands before the routes: keys, the size of a request, the time it takes to arrive, clients that leave."""
+"""Checks before the routes: keys, the size of a request, the time it takes to arrive, clients that leave."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BODIES_AT_ONCE = 8
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """What a request may take."""
+    """Limits of a request."""
 
     body_bytes: int = 32 << 20
     read_seconds: float = 30.0
@@ -32,7 +32,7 @@ class RequestLimits:
 
 
 def parse_keys(value: str, variable: str) -> tuple[bytes, ...]:
-    """API keys from an environment variable, separated by commas; none when it is empty.
+    """Return the API keys of an environment variable, separated by commas; none when it is empty.
 
     Raises:
         InputError: A key is not made of printable ASCII characters.
@@ -87,7 +87,7 @@ class Guard:
         headers = dict(scope["headers"])
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
         given = token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-        # Every key is compared, each in constant time, so that the time tells nothing about them.
+        # Every key is compared, each in constant time, so that the time gives nothing away about them.
         if not sum(hmac.compare_digest(given, key) for key in self.keys):
             raise RefusalError(
                 401,

@@ -39,9 +39,9 @@ from polar.serving.service import Score, Service, score_elsewhere
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 75
-"""For idle connections; longer than clients keep them, so that none is closed under a request that is on its way."""
+"""Time of idle connections; longer than clients keep them, so that none is closed under a request on its way."""
 CLOSING_SECONDS = 1
-"""At the end of draining, for answers that are still being sent."""
+"""Time at the end of draining for answers that are still being sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def create_server(
 
 
 def bind(host: str, port: int, *, protected: bool) -> socket.socket:
-    """A socket to listen on, so that a mistake shows before a model is loaded.
+    """Return a socket to listen on, so that a mistake shows before a model is loaded.
 
     Args:
         host: Name or address.
@@ -223,7 +223,7 @@ def _keep_freed_memory() -> None:
 
 
 def _timed_protocol(read_seconds: float) -> type[H11Protocol]:
-    """HTTP/1.1 of uvicorn with a limit on the time from the first byte of a connection or request to its last.
+    """Return uvicorn's HTTP/1.1 with a limit on the time from the first byte of a connection or request to its last.
 
     uvicorn itself closes idle connections only between requests, so clients that send a byte now and then would hold
     theirs for ever. The application refuses slow bodies with a message of its own, a little earlier.

@@ -23,12 +23,12 @@ Score = Callable[[Checkpoint, Sequence[EncodedGroup]], Awaitable[list[list[float
 """Rewards of every branch of every group; raises `NoRewardError` or `RefusalError`."""
 
 LONGEST_WAIT = 120
-"""Seconds; most that a client is told to wait."""
+"""Seconds; longest wait that a refusal names."""
 
 
 @dataclass(slots=True)
 class Service:
-    """What the routes ask.
+    """Server state shared by all routes.
 
     Args:
         name: The model's name in requests and answers; it stays when another checkpoint is loaded.
@@ -57,7 +57,7 @@ class Service:
 
     @property
     def idle(self) -> bool:
-        """Whether no request is in flight."""
+        """True if no request is in flight."""
         return not self._requests
 
     @asynccontextmanager
@@ -96,12 +96,12 @@ class Service:
     async def rewards(
         self, checkpoint: Checkpoint, groups: Sequence[EncodedGroup], place: Callable[[int], str]
     ) -> list[list[float]]:
-        """Rewards of every branch of every group, for a request that was admitted.
+        """Return the rewards of every branch of every group, for a request that was admitted.
 
         Args:
             checkpoint: As `admit` gave it.
             groups: What to score.
-            place: Where the n-th branch, counted over all groups, stands in the request, for messages.
+            place: The field of the request that holds the n-th branch, counted over all groups, for messages.
 
         Raises:
             RefusalError: An input has no reward, or a server behind this one failed.
@@ -125,7 +125,7 @@ class Service:
             raise RefusalError(404, f"The model `{name}` does not exist; this server has `{self.name}`", "model")
 
     def wait(self) -> int:
-        """Seconds until half of what is in flight will have been answered, by the speed so far."""
+        """Return the seconds until half of what is in flight will have been answered, by the speed so far."""
         return max(1, min(LONGEST_WAIT, math.ceil(self.in_flight * self._seconds_per_input / 2)))
 
     async def reload(self, source: str | None = None) -> Checkpoint:
