@@ -174,16 +174,15 @@ def test_rows_have_few_lengths_and_little_padding(tokens: int) -> None:
 
 
 @pytest.fixture
-def avx512(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU on which both kernels are tried, for every test anew."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+def fresh_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try both kernels anew, whatever earlier tests found."""
     monkeypatch.delenv("POLAR_CPU_KERNEL", raising=False)
     cpu._faster_kernel.cache_clear()
 
 
 @needs_onednn
 @pytest.mark.parametrize(("slower", "chosen"), [("torch", "onednn"), ("onednn", "torch")])
-@pytest.mark.usefixtures("avx512")
+@pytest.mark.usefixtures("fresh_trial")
 def test_the_faster_kernel_is_chosen_once(
     slower: str, chosen: str, llama: RewardModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -209,7 +208,7 @@ def test_the_faster_kernel_is_chosen_once(
 
 
 @needs_onednn
-@pytest.mark.usefixtures("avx512")
+@pytest.mark.usefixtures("fresh_trial")
 def test_the_environment_chooses_and_rewards_are_the_same(llama: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {}
     for kernel in ("torch", "onednn"):
@@ -223,7 +222,7 @@ def test_the_environment_chooses_and_rewards_are_the_same(llama: RewardModel, mo
         llama.score_groups([GROUP])
 
 
-@pytest.mark.usefixtures("avx512")
+@pytest.mark.usefixtures("fresh_trial")
 def test_a_torch_without_onednn_scores_the_same(
     llama: RewardModel, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +243,6 @@ def test_a_torch_without_onednn_scores_the_same(
 @pytest.mark.parametrize(
     ("device", "dtype"), [("cpu", torch.float16), ("cuda", torch.bfloat16), ("mps", torch.float32)]
 )
-@pytest.mark.usefixtures("avx512")
+@pytest.mark.usefixtures("fresh_trial")
 def test_other_types_and_devices_are_left_alone(device: str, dtype: torch.dtype) -> None:
     assert choose_kernel(SimpleNamespace(device=torch.device(device), dtype=dtype, takes_rows=True)) == "torch"

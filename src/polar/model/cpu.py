@@ -62,20 +62,17 @@ def choose_kernel(model: Any) -> Kernel:
             kernels = get_args(Kernel) if possible else ("torch",)
             raise InputError(f"POLAR_CPU_KERNEL={asked}: expected {' or '.join(kernels)} on this machine")
         return "onednn" if asked == "onednn" else "torch"
-    if (
-        not possible
-        or model.dtype not in (torch.float32, torch.bfloat16)
-        or torch.backends.cpu.get_cpu_capability() != "AVX512"
-    ):
+    if not possible or not (model.dtype is torch.float32 or (model.dtype is torch.bfloat16 and multiplies_bfloat16())):
         return "torch"
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    weights = [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
-    rows, columns = (min(size, MAX_TRIAL_WIDTH) for size in max(weights, key=torch.Tensor.numel).shape)
+    depth = getattr(config, "head_dim", None) or config.hidden_size // heads
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    largest = max(layers, key=lambda layer: layer.in_features * layer.out_features)
+    rows, columns = min(largest.out_features, MAX_TRIAL_WIDTH), min(largest.in_features, MAX_TRIAL_WIDTH)
     with _TRIAL:
-        return _faster_kernel(model.dtype, torch.get_num_threads(), (rows, columns), (heads, key_heads, width))
+        return _faster_kernel(model.dtype, torch.get_num_threads(), (rows, columns), (heads, key_heads, depth))
 
 
 @cache
@@ -84,15 +81,8 @@ def _faster_kernel(
 ) -> Kernel:
     """Time the largest product of a layer and the attention of a branch by both kernels in turn."""
     count, key_heads, depth = heads
-    weight_OI, values_TI, query, key = (
-        torch.ones(shape, dtype=dtype)
-        for shape in (
-            weight_shape,
-            (TRIAL, weight_shape[1]),
-            (1, count, TRIAL, depth),
-            (1, key_heads, TRIAL, depth),
-        )
-    )
+    weight_OI, values_TI = torch.ones(weight_shape, dtype=dtype), torch.ones(TRIAL, weight_shape[1], dtype=dtype)
+    query, key = torch.ones(1, count, TRIAL, depth, dtype=dtype), torch.ones(1, key_heads, TRIAL, depth, dtype=dtype)
     own = TRIAL // 2
     mask_QK = torch.full((own, TRIAL), float("-inf"), dtype=dtype).triu_(1 + own)
 
