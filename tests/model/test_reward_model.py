@@ -79,14 +79,17 @@ def test_dictionaries_are_scored_as_the_comparisons_that_they_are(llama: RewardM
 def test_tuples_are_scored_as_what_they_stand_for(llama: RewardModel) -> None:
     prompt, reference, candidates = [{"role": "user", "content": "2+2?"}], "It is 4.", ("4", "It is 5.")
     texts = (Message("user", "2+2?"),), reference
-    single = [llama.score([Comparison(*texts, candidate)])[0] for candidate in candidates]
-    (shared,) = llama.score_groups([Group(*texts, candidates)])
-    assert llama.score((prompt, reference, "4")) == llama.score((*texts, "4")) == single[:1]
+    first, second = (llama.score([Comparison(*texts, candidate)])[0] for candidate in candidates)
+    single, shared = (
+        pytest.approx(rewards, abs=1e-5)  # rows of other inputs may differ in the last bit
+        for rewards in ([first, second], llama.score_groups([Group(*texts, candidates)])[0])
+    )
+    assert llama.score((prompt, reference, "4")) == llama.score((*texts, "4")) == [first]
     assert llama.score([(prompt, reference, text) for text in candidates]) == single
     assert llama.score(tuple((prompt, reference, text) for text in candidates)) == single
     assert llama.score([(prompt, reference, list(candidates)), ("a", "b", "c")])[:2] == shared
     turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
-    assert llama.score((*texts, turns)) == single[:1]  # one candidate
+    assert llama.score((*texts, turns)) == [first]  # one candidate
 
 
 @pytest.mark.parametrize(

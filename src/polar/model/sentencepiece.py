@@ -35,7 +35,7 @@ def read_model(path: Path) -> Any:
     except ImportError as error:
         raise InputError(f"{path}: reading it needs {error.name}: pip install 'polar-rm[convert]'") from error
     try:
-        model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+        model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]
         types = [piece.type for piece in model.pieces if piece.piece is not None]  # bad UTF-8 is found when it is read
     except OSError as error:
         raise InputError(f"{path}: not readable ({error.strerror}); expected a sentencepiece model") from error
