@@ -56,7 +56,10 @@ def choose_kernel(model: Any) -> Kernel:
     """
     if model.device.type != "cpu" or not model.takes_rows:
         return "torch"
-    possible = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    possible = (
+        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # what torch.compile calls, but not a documented interface
+    )
     if asked := os.environ.get("POLAR_CPU_KERNEL"):
         if asked not in get_args(Kernel) or (asked == "onednn" and not possible):
             kernels = get_args(Kernel) if possible else ("torch",)
