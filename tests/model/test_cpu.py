@@ -165,6 +165,7 @@ def test_a_weight_with_gaps_in_memory_is_copied(monkeypatch: pytest.MonkeyPatch)
     assert [one.is_contiguous() for one in seen] == [True]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40_000))
 def test_rows_have_few_lengths_and_little_padding(tokens: int) -> None:
     length = few_lengths(tokens)
