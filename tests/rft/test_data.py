@@ -171,7 +171,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
     program = (
         "import re\nfrom pathlib import Path\nfrom polar.cli.main import main\n"
         "peak = lambda: int(re.search('VmHWM: *(.*) kB', Path('/proc/self/status').read_text())[1]) // 1024\n"
-        "from polar.cli import rft_data\nbefore = peak()\n"
+        "from polar.corpus import references\nfrom polar.rft import dataset\nbefore = peak()\n"
         f"assert main(['rft-data', {str(big)!r}, '--output', {str(tmp_path / 'train.parquet')!r}]) == 0\n"
         "print(peak() - before)\n"
     )

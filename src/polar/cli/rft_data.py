@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -12,17 +12,11 @@ from rich.console import Console
 from polar.cli.common import Inputs, OnBadRow, progress_bar
 from polar.core.errors import InputError
 from polar.core.files import on_disk
-from polar.corpus.references import Asking, ask_for_references
-from polar.corpus.sample import SampleReport
-from polar.rft.dataset import (
-    DataReport,
-    Framework,
-    Reading,
-    first_examples,
-    read_tasks,
-    with_references,
-    write_tasks,
-)
+
+if TYPE_CHECKING:
+    from polar.corpus.references import Asking
+    from polar.corpus.sample import SampleReport
+    from polar.rft.dataset import Reading
 
 
 def rft_data(
@@ -30,7 +24,7 @@ def rft_data(
     /,
     *,
     output: str,
-    framework: Annotated[Framework, Parameter(name=["--for"])] = "verl",
+    framework: Annotated[Literal["verl", "trl", "openrlhf", "swift"], Parameter(name=["--for"])] = "verl",
     split: str = "train",
     data_source: str | None = None,
     ability: str | None = None,
@@ -88,6 +82,9 @@ def rft_data(
         seed: Another seed gives other references.
         on_bad_row: "error" stops at the first row that would be skipped.
     """
+    from polar.corpus.references import Asking
+    from polar.rft.dataset import DataReport, Reading, first_examples, read_tasks, with_references, write_tasks
+
     if references_per_prompt < 1:
         raise InputError(f"references_per_prompt must be at least 1, found {references_per_prompt}")
     reading = Reading(
@@ -139,11 +136,14 @@ def rft_data(
 
 
 def _ask(reading: Reading, directory: Path, asking: Asking, console: Console) -> str:
-    """Sample the references; why some are missing, or nothing.
+    """Sample the references and return why some are missing, or an empty text.
 
     Raises:
         InputError: all of them are.
     """
+    from polar.corpus.references import ask_for_references
+    from polar.rft.dataset import DataReport, read_tasks
+
     if "-" in reading.paths:
         raise InputError("references_from needs files, because they are read twice; found - (stdin)")
     prompts = (task.prompt for task in read_tasks(reading, DataReport()))  # they are counted when they are read again
