@@ -62,13 +62,15 @@ def test_a_server_with_another_bias_is_measured_and_refused(
 
     report = tmp_path / "parity.json"
     with Fake("sglang", biased) as fake:
-        assert main(["parity", fake.address, "--output", str(report), "--device", "cpu"]) == 2
+        words = ["parity", fake.address, "--device", "cpu", "--limit", "2"]
+        assert main([*words, "--output", str(report)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("polar: error:")]
     assert "differ by up to 0.026, more than the tolerance 0.001" in line
     assert "score.bias" in line
     assert json.loads(report.read_text())["max_difference"] == pytest.approx(0.0259, abs=1e-4)
     with Fake("sglang", biased) as fake:
-        assert main(["parity", fake.address, "--tolerance", "0.1", "--device", "cpu"]) == 0
+        words = ["parity", fake.address, "--device", "cpu", "--limit", "2"]
+        assert main([*words, "--tolerance", "0.1"]) == 0
 
 
 @pytest.mark.parametrize(
