@@ -14,6 +14,8 @@ from polar.core.version import __version__
 if TYPE_CHECKING:
     from polar.client.client import AsyncRewardModelClient
     from polar.client.sync import RewardModelClient
+    from polar.corpus.pair import pair
+    from polar.corpus.sample import sample
     from polar.evaluation.run import evaluate
     from polar.model.reward_model import RewardModel
     from polar.training.api import finetune, pretrain
@@ -37,7 +39,9 @@ __all__ = [
     "__version__",
     "evaluate",
     "finetune",
+    "pair",
     "pretrain",
+    "sample",
 ]
 
 _LAZY = {
@@ -46,7 +50,9 @@ _LAZY = {
     "RewardModelClient": "polar.client.sync",
     "evaluate": "polar.evaluation.run",
     "finetune": "polar.training.api",
+    "pair": "polar.corpus.pair",
     "pretrain": "polar.training.api",
+    "sample": "polar.corpus.sample",
 }
 """Modules that are imported at the first use of a name: records, template and clients need no torch."""
 
