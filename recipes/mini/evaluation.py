@@ -72,7 +72,7 @@ def main(data: str, held_out: str, work: str) -> None:
 
 
 def best_of_n(source: Path) -> list[Row]:
-    """Questions of GSM8K with the answers of all models, most of them weak or middling, beside a person's solution."""
+    """Questions of GSM8K with the answers of several models, beside a person's solution."""
     solutions = {
         (row["prompt"][0]["content"].strip()): row["solution"]
         for row in read(source / "tasks" / "math_tasks.parquet")
@@ -89,9 +89,14 @@ def best_of_n(source: Path) -> list[Row]:
         )
         item["candidates"].append(row["output"])
         item["quality"].append(float(number(answer[-1]) == number(row["meta"]["gold"])))
-    return [item for item in found.values() if len(item["candidates"]) > 31 and sum(item["quality"]) > 0]
+    items = [item for item in found.values() if len(item["candidates"]) >= CANDIDATES]
+    for item in items:
+        item["candidates"], item["quality"] = item["candidates"][:CANDIDATES], item["quality"][:CANDIDATES]
+    return [item for item in items if 0 < sum(item["quality"]) < CANDIDATES]
 
 
+CANDIDATES = 16
+"""Of a question, by as many models drawn at random; some of them right, some wrong."""
 QUESTION = re.compile(r"## Question:(.*?)## Instruction", re.DOTALL)
 ANSWER = re.compile(r'"answer"\s*:\s*"?([^"}\n]*)')
 
