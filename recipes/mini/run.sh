@@ -25,10 +25,10 @@ for strategy in random family; do
     --prompt-ids "$nano/train-prompts.txt" --policies "$nano/train-policies.txt"
 done
 draw discrimination.parquet --per-prompt 15 --seed 3 --prompt-ids "$nano/dev-prompts.txt"
-[ -f "$work/mixture.parquet" ] || python "$here/mixture.py" "$data" "$work/mixture.parquet" "$work/held-out.parquet"
-for seed in 2 3; do
+for draw in first:1 second:2 second:3 chat:11 chat:12 chat:13; do # the held-out part is that of the last kind of draw
+  name=${draw%:*} seed=${draw#*:}
   [ -f "$work/mixture-$seed.parquet" ] ||
-    python "$here/mixture.py" "$data" "$work/mixture-$seed.parquet" "$work/unused.parquet" --seed $seed --second
+    python "$here/mixture.py" "$data" "$work/mixture-$seed.parquet" "$work/held-out.parquet" --seed "$seed" --draw "$name"
 done
 
 stage() { # stage NAME MODEL FILES...: one phase of training
@@ -38,11 +38,14 @@ stage() { # stage NAME MODEL FILES...: one phase of training
     polar pretrain --config "$here/pretrain-$name.yaml" --model "$work/$model" "${files[@]}" --output "$work/$name"
 }
 stage policies base triples-random.parquet triples-family.parquet
-stage mixture policies mixture.parquet
+stage mixture policies mixture-1.parquet
 stage second mixture mixture-2.parquet
-stage last second mixture-3.parquet
+stage third second mixture-3.parquet
+stage chat third mixture-11.parquet mixture-12.parquet mixture-13.parquet
+stage last chat mixture-11.parquet mixture-12.parquet mixture-13.parquet
 
 python "$here/release.py" "$work/last" "$work/polar-mini"
 python "$here/evaluation.py" "$data" "$work/held-out.parquet" "$work/sets"
 cp "$work/discrimination.parquet" "$work/sets/"
+python "$here/verdicts.py" "$work/polar-mini" "$work/sets/verify-bench-hard.jsonl"
 polar eval "$here/suite.yaml" --data "$work/sets" --model "$work/polar-mini" --output "$work/results/polar-mini"
