@@ -39,7 +39,7 @@ from polar.training.init_model import from_scratch
 HERE = Path(__file__).parent
 ARMS = ("polar", "scratch", "blind", "rouge-l", "exact")
 NO_REFERENCE = "."
-"""Stands where no reference is given: the same for every prompt, so it says nothing."""
+"""The reference where none is given: the same for every prompt, so it says nothing."""
 PREFERENCES = 300
 
 

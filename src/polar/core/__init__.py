@@ -1,1 +1,1 @@
-"""What every package stands on: errors, records, the template, checkpoints, text. No torch."""
+"""What every package uses: errors, records, the template, checkpoints, text. No torch."""

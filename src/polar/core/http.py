@@ -37,7 +37,7 @@ MAX_REPLY_BYTES = 1 << 26
 CONNECT_SECONDS = 30.0
 """In which a server must take a connection; one that drops packets would keep silent until the timeout."""
 SILENT_SECONDS = 30.0
-"""Without any reply, after which it is told for which server we wait."""
+"""Without any reply, after which a message names the server that is waited for."""
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
 UNAVAILABLE = (429, 502, 503, 504)
 """Statuses of servers that are overloaded, starting, or behind a broken gateway."""

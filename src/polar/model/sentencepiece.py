@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 from polar.core.errors import InputError
 
 SPACE = "▁"
-"""Stands for a space inside pieces (U+2581)."""
+"""A space inside pieces (U+2581)."""
 
 NORMAL, UNKNOWN, USER_DEFINED, UNUSED = 1, 2, 4, 5
 """Piece types that matter here; control (3) and byte (6) pieces only occupy their ids."""

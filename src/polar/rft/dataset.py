@@ -207,7 +207,7 @@ def with_references(tasks: Iterable[Task], directory: Path, report: DataReport) 
     Args:
         tasks: The same, in the same order, as for `ask_for_references`.
         directory: The same.
-        report: Counts what is set aside.
+        report: Counts the rows that are skipped.
     """
     answers = read_answers(directory)
     found_id, found = next(answers, ("", []))
