@@ -146,12 +146,21 @@ def tree_attention(
         config: Any = getattr(module, "config", None)
         is_last = getattr(module, "layer_idx", None) == getattr(config, "num_hidden_layers", 0) - 1
         return onednn_attention(query_1HTD, key_1HTD, value_1HTD, table, scale, read if is_last else None), None
+    return _attend_segments(query_1HTD, key_1HTD, value_1HTD, table, dropout, scale), None
+
+
+# Every row has another table: compiled layers call this uncompiled, or each row would be compiled anew.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_segments(
+    query_1HTD: Tensor, key_1HTD: Tensor, value_1HTD: Tensor, table: list[list[int]], dropout: float, scale: float
+) -> Tensor:
+    """Attention of every segment to its prefix and itself, heads after tokens."""
     if _has_gradients(query_1HTD) and not dropout and fits(table, query_1HTD.shape[1]):
         parts = [query_1HTD, key_1HTD, value_1HTD]
         if torch.is_autocast_enabled("cpu"):  # what autocast does to `scaled_dot_product_attention`
             parts = [part.to(torch.get_autocast_dtype("cpu")) for part in parts]
         output_1THD: Tensor = RowAttention.apply(*parts, table, scale)  # type: ignore[no-untyped-call]
-        return output_1THD, None
+        return output_1THD
     # Split and not sliced: the gradient of a slice is as long as the row, and there are as many as segments.
     lengths = [end - start for *_, start, end in table]
     padding = query_1HTD.shape[2] - sum(lengths)  # behind the last segment
@@ -162,7 +171,7 @@ def tree_attention(
     outputs = []
     for (first, last, start, end), query, own_key, own_value in zip(table, queries, keys, values, strict=False):
         if first == last:
-            outputs.append(_attend(query, own_key, own_value, None, dropout, scaling))
+            outputs.append(_attend(query, own_key, own_value, None, dropout, scale))
             continue
         prefix = segment_at[first]
         key, value = (torch.cat([keys[prefix], own_key], dim=2), torch.cat([values[prefix], own_value], dim=2))
@@ -170,11 +179,11 @@ def tree_attention(
             stop = min(begin + QUERY_BLOCK, end - start)
             block, seen = query[:, :, begin:stop], last - first + stop
             bias = causal_bias(block, seen)
-            outputs.append(_attend(block, key[:, :, :seen], value[:, :, :seen], bias, dropout, scaling))
+            outputs.append(_attend(block, key[:, :, :seen], value[:, :, :seen], bias, dropout, scale))
     output_1HTD = torch.cat(outputs, dim=2)
     if padding:
         output_1HTD = pad(output_1HTD, (0, 0, 0, padding))
-    return output_1HTD.transpose(1, 2), None
+    return output_1HTD.transpose(1, 2)
 
 
 def _has_gradients(query_1HTD: Tensor) -> bool:
