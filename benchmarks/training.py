@@ -33,6 +33,7 @@ from trl import RewardTrainer as TrlTrainer
 
 from polar.core.template import EncodedGroup, Truncation
 from polar.corpus.plan import BUNDLED_TOKENIZER
+from polar.model.backbone import prepare
 from polar.training.batches import Collator, Example
 from polar.training.example_store import write_examples
 from polar.training.stream import BatchStream
@@ -210,10 +211,11 @@ def train_polar(groups: list[EncodedGroup], bf16: bool, *, shared: bool) -> tupl
         examples = [Example(group, ((0, 1),), str(number)) for number, group in enumerate(groups)]
         store = write_examples(Path(directory) / "examples.arrow", examples, {})
         arguments = TrainingArguments(**settings(directory, len(groups), bf16), label_names=[], num_train_epochs=1)
-        clock = Clock()
+        clock, own = Clock(), model()
+        prepare(own)
         trainer = RewardTrainer(
             BatchStream(store.lengths, len(groups), turns=STEPS),
-            model=Discriminator(model()),
+            model=Discriminator(own),
             args=arguments,
             train_dataset=store,
             data_collator=Collator() if shared else separate,
